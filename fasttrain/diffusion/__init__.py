@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, targets, weightings, timesteps and the objective that joins them."""

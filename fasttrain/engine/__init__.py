@@ -1,0 +1,1 @@
+"""DeepSpeed, processes and the optimizer: the only importer of deepspeed and torch.distributed."""
