@@ -1,0 +1,119 @@
+"""The training objective: positions in, weighted loss out. The one place where schedule, target, weighting and timesteps meet."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from fasttrain_kernels.noising import noising
+from fasttrain_kernels.philox import Purpose, uniform
+from fasttrain_kernels.weighted_mse import weighted_mse
+from torch import Tensor
+
+from fasttrain.diffusion.prediction import PREDICTIONS, Prediction, weight_factor
+from fasttrain.diffusion.schedule import SCHEDULES, Schedule
+from fasttrain.diffusion.timesteps import Timesteps
+from fasttrain.diffusion.weighting import WEIGHTINGS, Weighting, signal_to_noise
+from fasttrain.errors import UserError
+from fasttrain.registry import Registry
+
+Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Loss(NamedTuple):
+    """What one micro-batch gives."""
+
+    loss: Tensor  # [] fp32, mean over the samples of the weighted squared error; differentiable
+    mse: Tensor  # [B] fp32, each sample's unweighted squared error of the target
+    t: Tensor  # [B] the timesteps drawn
+
+
+class Objective:
+    """The weighted denoising loss of a micro-batch, a pure function of (seed, position) and the data.
+
+    loss = mean_b w(snr_b) factor_b mean_{c,h,w} (model(x_t, t, labels) - target)^2          [Hang et al. 2023, Eq. 4-5 and appendix B]
+
+    with `factor` from `prediction.weight_factor`, so that each weighting means the same for every target.
+
+    Args:
+        schedule, prediction, weighting, timesteps: components of this package.
+        label_drop: probability in [0, 1) of replacing a label by `null_label` (classifier-free guidance needs it).
+        null_label: the model's label for "no class"; None for an unconditional model.
+        seed: [] int64, on the device of the data.
+        impl: which kernels: auto, triton or reference.
+
+    Raises:
+        UserError: a combination that is undefined at some timestep, or label dropout without a null label.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Prediction,
+        weighting: Weighting,
+        timesteps: Timesteps,
+        *,
+        label_drop: float,
+        null_label: int | None,
+        seed: Tensor,
+        impl: str = "auto",
+    ):
+        _require_defined(schedule, prediction, weighting)
+        _require_droppable(label_drop, null_label)
+        self.schedule = schedule
+        self.prediction = prediction
+        self.weighting = weighting
+        self.timesteps = timesteps
+        self.label_drop = label_drop
+        self.null_label = null_label
+        self.seed = seed
+        self.impl = impl
+
+    def __call__(self, model: Model, x0: Tensor, labels: Tensor, position: Tensor, dtype: torch.dtype | None = None) -> Loss:
+        """The loss of x0 [B, C, H, W] with labels [B] at position [B] int64; the model's input is of `dtype` (default: x0's)."""
+        t = self.schedule.timestep(self.timesteps.draw(self.seed, position))
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        x0_coef, eps_coef = self.prediction.coefficients(alpha, sigma)
+        weight = target_weight(self.weighting, self.prediction, alpha, sigma)
+
+        x_t = noising(x0, alpha.float(), sigma.float(), self.seed, position, dtype=dtype, impl=self.impl)
+        pred = model(x_t, t, self._dropped(labels, position))
+        loss, mse = weighted_mse(pred, x0, x0_coef.float(), eps_coef.float(), weight.float(), self.seed, position, impl=self.impl)
+        return Loss(loss.mean(), mse, t)
+
+    def _dropped(self, labels: Tensor, position: Tensor) -> Tensor:
+        if self.null_label is None or self.label_drop == 0:
+            return labels
+        drop = uniform(self.seed, position, Purpose.LABEL_DROP) < self.label_drop
+        return labels.masked_fill(drop, self.null_label)
+
+
+def target_weight(weighting: Weighting, prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The weight on the squared error of the target: w(snr) times the target's factor; float64 [B]."""
+    return weighting(signal_to_noise(alpha, sigma)) * weight_factor(prediction, alpha, sigma)
+
+
+def _require_defined(schedule: Schedule, prediction: Prediction, weighting: Weighting) -> None:
+    """Looks along the whole schedule, both ends included: u = 0 and the largest float64 below 1."""
+    u = torch.linspace(0, 1 - 2.0**-53, 4096, dtype=torch.float64)
+    alpha, sigma = schedule.alpha_sigma(schedule.timestep(u))
+    if not weight_factor(prediction, alpha, sigma).isfinite().all():
+        raise UserError(
+            f"prediction {_name(PREDICTIONS, prediction)} is undefined under schedule {_name(SCHEDULES, schedule)}, whose last timestep "
+            "holds no data (zero terminal SNR): set prediction to v or x0, or the schedule's zero_terminal to false"
+        )
+    if not target_weight(weighting, prediction, alpha, sigma).isfinite().all():
+        raise UserError(
+            f"weighting {_name(WEIGHTINGS, weighting)} is not finite for prediction {_name(PREDICTIONS, prediction)} everywhere "
+            f"under schedule {_name(SCHEDULES, schedule)}: set weighting to min_snr, which is bounded everywhere"
+        )
+
+
+def _require_droppable(label_drop: float, null_label: int | None) -> None:
+    if not 0 <= label_drop < 1:
+        raise UserError(f"label_drop must lie in [0, 1), got {label_drop}")
+    if label_drop > 0 and null_label is None:
+        raise UserError(f"label_drop {label_drop} needs a model with a null label, and an unconditional one has none: set label_drop to 0")
+
+
+def _name(registry: Registry, component: Any) -> str:
+    return repr(registry.spec(component)["name"])

@@ -1,0 +1,97 @@
+"""Weightings: how much the squared error of x0 counts at a signal-to-noise ratio.
+
+Each is declared once, on x0; `prediction.weight_factor` converts it for the target that the network predicts. All are functions of
+snr = alpha^2 / sigma^2 (squared), float64, defined at snr = 0 and at snr = inf.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fasttrain.registry import Registry
+
+WEIGHTINGS = Registry("weighting")
+
+
+class Weighting(Protocol):
+    """A weight on the squared x0 error."""
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """w(snr) >= 0: the shape and dtype of snr."""
+
+
+def signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """snr = alpha^2 / sigma^2; inf where there is no noise."""
+    return (alpha / sigma) ** 2
+
+
+def _require_positive(gamma: float) -> None:
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, got {gamma}")
+
+
+@WEIGHTINGS.register("const")
+@dataclass(frozen=True)
+class Const:
+    """w = 1 [Hang et al. 2023, section 3.4]."""
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """1 at every snr."""
+        return torch.ones_like(snr)
+
+
+@WEIGHTINGS.register("snr")
+@dataclass(frozen=True)
+class Snr:
+    """w = snr: equal weights on the error of eps [Hang et al. 2023, section 3.4]; unbounded as sigma -> 0."""
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """snr itself."""
+        return snr
+
+
+@WEIGHTINGS.register("max_snr")
+@dataclass(frozen=True)
+class MaxSnr:
+    """w = max(snr, gamma), gamma = 1: the truncated SNR weighting [Salimans and Ho 2022, section 4; Hang et al. 2023, section 3.4]."""
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self.gamma)
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """max(snr, gamma)."""
+        return snr.clamp(min=self.gamma)
+
+
+@WEIGHTINGS.register("min_snr")
+@dataclass(frozen=True)
+class MinSnr:
+    """w = min(snr, gamma), gamma = 5: no task's weight grows past gamma [Hang et al. 2023, section 3.4]."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self.gamma)
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """min(snr, gamma)."""
+        return snr.clamp(max=self.gamma)
+
+
+@WEIGHTINGS.register("soft_min_snr")
+@dataclass(frozen=True)
+class SoftMinSnr:
+    """w = snr gamma / (snr + gamma), gamma = 5: min-SNR without the kink [Crowson et al. 2024, section 4.5]."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self.gamma)
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """gamma / (1 + gamma / snr): the same quotient, written so that both limits (0 and gamma) come out."""
+        return self.gamma / (1 + self.gamma / snr)
