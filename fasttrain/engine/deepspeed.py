@@ -1,0 +1,121 @@
+"""DeepSpeed, the only engine: its configuration merged from the run's, its start, and the little it needs shimmed."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.engine.optimizer import AdamWEMA
+from fasttrain.errors import UserError
+from fasttrain.registry import nearest
+
+_ALLOWED = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "aio", "comms_logger")
+_OWNED_BY_RUN = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
+    "gradient_clipping": "training.clip",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.decay and optimizer.warmup_steps",
+}
+
+
+def read_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's own settings, from a JSON file's path or a mapping: only what the run's config does not say.
+
+    Raises:
+        UserError: no such file, not JSON, a key that belongs into the run's config, or an unknown key.
+    """
+    settings = _read_json(Path(given)) if isinstance(given, str) else dict(given)
+    for key in settings:
+        if key in _OWNED_BY_RUN:
+            raise UserError(f"deepspeed: {key!r} conflicts with the run's config; remove it there and set {_OWNED_BY_RUN[key]} instead")
+        if key not in _ALLOWED:
+            raise UserError(f"deepspeed: unknown key {key!r}; {nearest(key, _ALLOWED)}")
+    return settings
+
+
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """The ZeRO stage that these settings ask for, 0 to 3."""
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    return int(stage)
+
+
+def build_engine(
+    model: torch.nn.Module,
+    optimizer: AdamWEMA,
+    settings: Mapping[str, Any],
+    *,
+    micro_batch: int,
+    accumulation_steps: int,
+    precision: str,
+    clip: float | None,
+) -> Any:
+    """A DeepSpeedEngine over this model and optimizer, with the optimizer's state made, so that a checkpoint can be read at once.
+
+    Args:
+        precision: "bf16" (weights bf16, masters fp32) or "fp32".
+        clip: largest gradient norm, or None.
+    """
+    deepspeed = _import_deepspeed()
+    merged = {
+        **settings,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip or 0.0,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
+    if zero_stage(settings) == 0 and precision == "fp32":
+        _let_optimizer_guard(engine, optimizer, clip)
+    return engine
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """The norm of the last step's gradients, before clipping; infinite on a skipped step."""
+    guarded = engine.basic_optimizer.grad_norm
+    norm = guarded if guarded is not None else engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def _let_optimizer_guard(engine: Any, optimizer: AdamWEMA, clip: float | None) -> None:
+    """Without ZeRO and in fp32, DeepSpeed clips but never looks for a non-finite gradient: the optimizer does both."""
+    optimizer.guard, optimizer.max_norm = True, clip
+    engine._config.gradient_clipping = 0.0
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the shared-memory op that it would compile for a minute at its first start on a CPU.
+
+    The op only speeds up collectives of inference between processes of one CPU machine; the losses are the same without it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"deepspeed: no file {path}; give the path of a JSON file such as configs/deepspeed/zero1.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"deepspeed: {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} must hold an object")
+    return settings

@@ -1,0 +1,135 @@
+"""The processes of a run: who this one is, and how they agree."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fasttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of a run, as the launcher numbered them.
+
+    `control` is a gloo group beside the one that carries gradients: decisions and small objects travel on it, from the CPU.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, item: Any) -> list[Any]:
+        """Every process's item, in rank order, on every process."""
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.control)
+        return items
+
+    def from_main(self, item: Any) -> Any:
+        """Rank 0's item on every process."""
+        box = [item]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def all(self, fine: bool) -> bool:
+        """Whether it is fine on every process."""
+        return all(self.gather(fine))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the processes, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+class StopFlag:
+    """A request to stop that reaches every process in the same step, one step after it was made.
+
+    The launchers send SIGTERM to one rank at a time (RELIABILITY section 1), so the request is reduced among all ranks. The reduction runs on
+    the CPU beside the step and is read one step later: the device is never waited for.
+    """
+
+    def __init__(self, processes: Processes):
+        self.requested = False
+        self._processes = processes
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def request(self) -> None:
+        """Asks for a stop; safe to call from a signal handler."""
+        self.requested = True
+
+    def poll(self) -> bool:
+        """Whether all processes stop now; call once a step on every process."""
+        if self._work is not None:
+            self._work.wait()
+            if self._flag.item():
+                return True
+        self._flag = torch.tensor([int(self.requested)], dtype=torch.int32)
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._processes.control, async_op=True)
+        return False
+
+    def close(self) -> None:
+        """Waits for the reduction under way, so that no process leaves while another still waits for it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, srun with its variables exported) started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(timeout_seconds: float) -> Processes:
+    """Joins the process group named by the launcher's environment, or makes a group of one.
+
+    Args:
+        timeout_seconds: how long a collective may wait before the process gives up.
+    """
+    _limit_every_group(timeout_seconds)
+    group: dict[str, Any] = {}
+    if not launched():
+        # DeepSpeed reads the rank from the environment whoever started the process.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = _device(local_rank)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **group)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Processes(rank, world_size, local_rank, device, control)
+
+
+def finish() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; start fewer processes on it")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _limit_every_group(timeout_seconds: float) -> None:
+    """Gives the groups that DeepSpeed makes for itself the same limit: it passes none on (ENVIRONMENT section 3)."""
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    dist.distributed_c10d.default_pg_timeout = timeout
+    if hasattr(dist.distributed_c10d, "default_pg_nccl_timeout"):
+        dist.distributed_c10d.default_pg_nccl_timeout = timeout
