@@ -1,0 +1,87 @@
+"""What a model is before it is built: a frozen config with its counts, and the registry of them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fasttrain.errors import UserError
+from fasttrain.registry import Registry
+
+MODELS = Registry("model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer(ABC):
+    """The fields every diffusion transformer has; a model's own config adds to them.
+
+    `input_size`, `channels` and `num_classes` may be None, which means: as the data says. They are filled in with
+    `dataclasses.replace` before anything is built or counted.
+
+    Args:
+        input_size: height and width of the latents (or pixels) the network sees.
+        channels: channels of the latents.
+        num_classes: K; 0 builds an unconditional model, None takes K from the data.
+        patch: side of a patch, in latents.
+        depth: number of blocks.
+        width: D, of a token.
+        heads: number of attention heads; divides the width.
+        kernels: implementation of the fused operations. It never changes the names in a state dict.
+        checkpoint_blocks: keep only each block's input for the backward pass and run the block again there.
+
+    Raises:
+        ValueError: sizes that are not positive or do not divide each other; the message names the keys.
+    """
+
+    input_size: int | None = None
+    channels: int | None = None
+    num_classes: int | None = None
+    patch: int = 2
+    depth: int = 12
+    width: int = 768
+    heads: int = 12
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    checkpoint_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("input_size", "channels", "patch", "depth", "width", "heads"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key} must be at least 1, not {value}")
+        if self.num_classes is not None and self.num_classes < 0:
+            raise ValueError(f"model.num_classes must be 0 (unconditional) or more, not {self.num_classes}")
+        if self.width % self.heads:
+            raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
+        if self.input_size is not None and self.input_size % self.patch:
+            raise ValueError(f"model.input_size {self.input_size} is not divisible by model.patch {self.patch}")
+
+    def geometry(self) -> tuple[int, int, int]:
+        """(channels, input_size, num_classes), all known.
+
+        Raises:
+            UserError: one of them was to come from the data and has not.
+        """
+        if self.channels is None or self.input_size is None or self.num_classes is None:
+            unknown = [key for key in ("channels", "input_size", "num_classes") if getattr(self, key) is None]
+            raise UserError(f"model.{', model.'.join(unknown)}: not set and not yet taken from the data; give a value")
+        return self.channels, self.input_size, self.num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no class": K, one row past the last class; None for an unconditional model."""
+        num_classes = self.geometry()[2]
+        return num_classes or None
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.geometry()[1] // self.patch
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, initialised from torch's global generator, as `model(x [B,C,H,W], t [B], labels [B]) -> [B,C,H,W]`."""
+
+    @abstractmethod
+    def flops_per_image(self) -> int:
+        """Floating-point operations of one image's forward pass, a multiply-add counted as 2."""

@@ -1,0 +1,86 @@
+"""Where numbers become vectors: timesteps, labels, positions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, size: int, max_period: float = 10_000.0) -> Tensor:
+    """[cos(t w_i), sin(t w_i)], w_i = max_period^(-i / half), half = size / 2 (DiT: cosines first, divided by half, not half - 1).
+
+    Args:
+        t: [B] timesteps, integer or real.
+        size: even.
+
+    Returns:
+        [B, size] fp32, whatever the dtype of t or of the network.
+    """
+    half = size // 2
+    rate = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))  # [half]
+    angle = t.float()[:, None] * rate  # [B, half]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # [B, size]
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D positions of DiT: the first half of the width encodes the column, the second the row, each [sin, cos].
+
+    Returns:
+        [grid * grid, width] fp32 (computed in float64), rows in raster order.
+
+    Raises:
+        ValueError: width is not divisible by 4.
+    """
+    if width % 4:
+        raise ValueError(f"sin-cos positions need a model.width divisible by 4, not {width}")
+    quarter = width // 4
+    rate = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [D/4]
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * rate  # [g, D/4]
+    line = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [g, D/2]
+    column = line[None, :].expand(grid, -1, -1)  # [g, g, D/2]
+    row = line[:, None].expand(-1, grid, -1)  # [g, g, D/2]
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()  # [g*g, D]
+
+
+def look_up(table: nn.Embedding, index: Tensor, kind: str) -> Tensor:
+    """A row of the table for each index.
+
+    Args:
+        index: [B] int64.
+        kind: what the index is ("label", "timestep"), for the message.
+
+    Returns:
+        [B, D] in the table's dtype.
+
+    Raises:
+        ValueError: an index is outside the table. Told on the CPU only: on a GPU, reading the indices would make the
+            host wait for the device at every step, so there CUDA's own assertion stops the run.
+    """
+    try:
+        return table(index)  # [B, D]
+    except IndexError:
+        raise ValueError(f"{kind} out of range: the model's table has rows 0 to {table.num_embeddings - 1}, got {index.tolist()}") from None
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then Linear, SiLU, Linear: takes integer and real timesteps."""
+
+    frequencies = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(sinusoid(t, self.frequencies).to(dtype))  # [B, D]
+
+
+class LabelEmbedder(nn.Module):
+    """A table of K + 1 rows: the classes, then the null label."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return look_up(self.embedding_table, labels, "label")  # [B, D]
