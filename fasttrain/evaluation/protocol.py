@@ -1,0 +1,66 @@
+"""How a score was made, kept beside the number: without it nobody can reproduce or compare one."""
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the last digits of a score."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in ("fasttrain", "torch", "numpy")}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed (run from a source tree)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Where the samples and the reference of a score came from.
+
+    Args:
+        reference, reference_digest: the reference set's name and the digest of its index.
+        checkpoint_step: optimizer steps behind the weights; weights: which ones, e.g. "raw" or "ema 500000 images".
+        sampler: spec of the sampler with its steps; guidance: scale; seed: of the samples.
+        vae: name, revision and scale of the decoder of latents, or None for pixels.
+        versions: of what computed it.
+    """
+
+    reference: str
+    reference_digest: str
+    checkpoint_step: int
+    weights: str
+    sampler: Mapping[str, Any]
+    guidance: float
+    seed: int
+    vae: str | None = None
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A Frechet distance, what it was measured on, and its protocol."""
+
+    frechet_distance: float
+    features: Mapping[str, Any]
+    samples: int
+    reference_samples: int
+    protocol: Protocol
+
+    def save(self, path: Path) -> None:
+        """Writes all of it as JSON; the file appears whole or not at all."""
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)

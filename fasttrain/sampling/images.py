@@ -1,0 +1,91 @@
+"""Samples as files: PNGs, a grid, and the `.npz` that ADM's evaluation reads. Every file appears whole or not at all."""
+
+import io
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Images = NDArray[np.uint8]  # [n, H, W, C], C = 1 (grey) or 3 (RGB)
+
+
+def to_uint8(x0: Tensor) -> Images:
+    """Pixels in [-1, 1] as bytes: round((x + 1) 127.5), clipped to [0, 255]; the inverse of x = byte / 127.5 - 1.
+
+    Args:
+        x0: [n, C, H, W], any float dtype; C is 1 or 3.
+
+    Returns:
+        [n, H, W, C] uint8, on the host.
+
+    Raises:
+        ValueError: another number of channels (latents must be decoded first).
+    """
+    if x0.dim() != 4 or x0.shape[1] not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, [n, C, H, W]; got {tuple(x0.shape)}")
+    pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def tile(images: Images, columns: int | None = None, min_side: int = 64) -> Images:
+    """One picture of all images in rows, each pixel enlarged until a tile measures at least `min_side`.
+
+    Args:
+        images: [n, H, W, C] uint8.
+        columns: tiles in a row; by default as square as possible.
+        min_side: in pixels; nearest-neighbour enlargement, so that 8 x 8 digits can be seen.
+
+    Returns:
+        [H', W', C] uint8; a last incomplete row is filled with black.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    blank = np.zeros((rows * columns - count, height, width, channels), np.uint8)
+    tiles = np.concatenate([images, blank]).reshape(rows, columns, height, width, channels)
+    picture = tiles.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    enlarge = math.ceil(min_side / min(height, width))
+    return picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+
+
+def save_grid(path: Path, images: Images, columns: int | None = None, min_side: int = 64) -> None:
+    """Writes `tile(images)` as a PNG."""
+    write_atomically(path, _png(tile(images, columns, min_side)))
+
+
+def save_pngs(folder: Path, numbers: Iterable[int], images: Images) -> None:
+    """Writes each image as `NNNNNN.png`, named by its sample number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in zip(numbers, images, strict=True):
+        write_atomically(folder / f"{number:06d}.png", _png(image))
+
+
+def save_npz(path: Path, images: Images, labels: NDArray[np.int64]) -> None:
+    """Writes `arr_0` (uint8 [n, H, W, C]) and `labels` (int64 [n]): the sample batch of ADM's evaluation."""
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, labels=labels)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Writes beside `path` and renames: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _png(image: Images) -> bytes:
+    grey = image.shape[-1] == 1
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if grey else image).save(buffer, format="PNG")
+    return buffer.getvalue()
