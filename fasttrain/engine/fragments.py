@@ -71,7 +71,8 @@ class TrainingState:
         optimizer = self._engine.optimizer
         if self._stage == 0:
             for low, master in self._whole_parameters():
-                low.data.copy_(master.data)
+                if low is not master:
+                    low.data.copy_(master.data)
         elif self._stage in (1, 2):
             optimizer.update_lp_params()
         else:
@@ -103,8 +104,9 @@ class TrainingState:
             yield from self._partitions_of_stage_3()
 
     def _whole_parameters(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        low = [p for p in self._engine.module.parameters() if p.requires_grad]
         masters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        low_groups = getattr(self._engine.optimizer, "fp16_groups", None)  # bf16 weights; in fp32 the masters are the weights
+        low = masters if low_groups is None else [p for group in low_groups for p in group]
         return zip(low, masters, strict=True)
 
     def _partitions_of_stage_1_and_2(self) -> Iterator[tuple[torch.Tensor, list[tuple[torch.Tensor, int, int, int]]]]:

@@ -1,0 +1,199 @@
+"""A run as data: the components' configs composed, read from YAML and overrides, every mistake reported at once with its path."""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fasttrain.data.config import DataConfig
+from fasttrain.diffusion.prediction import PREDICTIONS, Prediction
+from fasttrain.diffusion.schedule import SCHEDULES, Cosine, Schedule
+from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
+from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
+from fasttrain.engine.deepspeed import read_settings, zero_stage
+from fasttrain.engine.optimizer import OptimizerConfig
+from fasttrain.errors import UserError
+from fasttrain.models import MODELS, Transformer
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class DiffusionConfig(Section):
+    """What is learned: noise schedule, prediction target, weighting on the x0 error, timesteps, label dropout."""
+
+    schedule: Annotated[Schedule, *SCHEDULES.field()] = Cosine()
+    prediction: Annotated[Prediction, *PREDICTIONS.field()] = PREDICTIONS.build("x0")
+    weighting: Annotated[Weighting, *WEIGHTINGS.field()] = MinSnr()
+    timesteps: Annotated[Timesteps, *TIMESTEPS.field()] = Stratified()
+    label_drop: float = Field(default=0.15, ge=0, lt=1)
+
+
+class TrainingConfig(Section):
+    """How long, in which batches and in which precision.
+
+    `global_batch` images make an optimizer step whatever the number of processes; each takes `micro_batch` of them per forward pass
+    (default: its whole share), and accumulates over as many as that needs.
+    """
+
+    steps: int = Field(gt=0)
+    global_batch: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    clip: float | None = Field(default=None, gt=0)
+    compile: bool = False
+    timeout_seconds: float = Field(default=600, gt=0)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per optimizer step on each process."""
+        micro_batch = self.micro_batch_of(world_size)
+        if self.global_batch % (micro_batch * world_size):
+            raise UserError(
+                f"training.global_batch {self.global_batch} is not divisible by training.micro_batch {micro_batch} x {world_size} processes; "
+                "choose a global_batch that is, or another micro_batch"
+            )
+        return self.global_batch // (micro_batch * world_size)
+
+    def micro_batch_of(self, world_size: int) -> int:
+        """Images per process and forward pass."""
+        if self.global_batch % world_size:
+            raise UserError(f"training.global_batch {self.global_batch} is not divisible by {world_size} processes; choose a multiple of {world_size}")
+        return self.micro_batch or self.global_batch // world_size
+
+
+class CheckpointConfig(Section):
+    """When the training state is saved; it is also saved at the end and on Ctrl-C or SIGTERM."""
+
+    every: int = Field(default=5000, gt=0)
+    keep_last: int = Field(default=2, ge=1)
+
+
+class SamplingConfig(Section):
+    """Sample grids during training: `every` steps (null: none), with the first average's weights."""
+
+    every: int | None = Field(default=None, gt=0)
+    count: int = Field(default=64, gt=0)
+    steps: int = Field(default=18, ge=2)
+    guidance: float = Field(default=1.0, gt=0)
+
+
+class LogConfig(Section):
+    """Progress, JSONL and TensorBoard every `every` steps; the held-out loss every `held_out_every` (null: never)."""
+
+    every: int = Field(default=50, gt=0)
+    held_out_every: int | None = Field(default=None, gt=0)
+    timestep_ranges: int = Field(default=10, ge=1)
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run_dir: Path
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    data: DataConfig
+    model: Annotated[Transformer, *MODELS.field()]
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if self.log.held_out_every and not self.data.held_out:
+            raise ValueError("log.held_out_every needs data.held_out: the number of images kept out of training")
+        return self
+
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """DeepSpeed's own settings, read and checked."""
+        return read_settings(self.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        return zero_stage(self.deepspeed_settings())
+
+    def plain(self) -> dict[str, Any]:
+        """The config as plain data, from which it can be read again."""
+        return json.loads(self.model_dump_json())
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's config from a YAML file, with `section.key=value` overrides (values are YAML too).
+
+    Raises:
+        UserError: no file, not YAML, or wrong contents: all mistakes in one message, each with its path and the nearest known key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not plain YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of sections (data, model, training ...), not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """A run's config from plain data; `source` names it in messages."""
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}:\n" + "\n".join(f"  {line}" for line in _mistakes(error))) from None
+    zero_stage(config.deepspeed_settings())
+    return config
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Sets `a.b=value`; a component given by its name alone becomes a mapping when a parameter of it is set."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UserError(f"override {override!r} must read key=value or section.key=value")
+    *parents, key = path.split(".")
+    node = raw
+    for parent in parents:
+        child = node.get(parent)
+        if child is None or isinstance(child, str):
+            child = {"name": child} if child else {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+        node[parent] = dict(child)
+        node = node[parent]
+    try:
+        node[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML: {error}") from None
+
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    for mistake in error.errors():
+        path = ".".join(str(part) for part in mistake["loc"])
+        if mistake["type"] == "extra_forbidden":
+            yield f"{path}: unknown key{_hint(mistake['loc'])}"
+        else:
+            message = mistake["msg"].removeprefix("Value error, ")
+            given = "" if mistake["type"] in ("missing", "value_error") else f" (got {mistake['input']!r})"
+            yield f"{path}: {message}{given}" if path else f"{message}{given}"
+
+
+def _hint(location: tuple[int | str, ...]) -> str:
+    """The known key nearest to the last part of a location."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation if part in getattr(section, "model_fields", {}) else None
+    known = list(getattr(section, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""
