@@ -1,0 +1,170 @@
+"""Batches in the order of their positions: gathered whole in threads, pinned, copied ahead, transformed on the device.
+
+    positions -> order.sample_ids -> ShardSet.gather -> [pin, copy on a side stream] -> transform -> Batch
+                 \\_____________ in a thread, some batches ahead ____________________/   \\_ in the caller's stream
+
+The i-th micro-batch of rank r holds the positions start + i * micro_batch * world_size + r + world_size * arange(micro_batch), so the
+first position is all there is to resume from, and the order knows neither threads nor ranks.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasttrain.data.config import DataConfig
+from fasttrain.data.order import HeldOut, Order, SampleOrder
+from fasttrain.data.shards import ShardSet
+from fasttrain.data.transform import build_transform
+from fasttrain.errors import UserError
+
+
+class Batch(NamedTuple):
+    """x0 [B, C, H, W] fp32, labels [B] int64 and position [B] int64 on the device; sample_id [B] int64 on the host."""
+
+    x0: Tensor
+    labels: Tensor
+    position: Tensor
+    sample_id: Tensor
+
+
+class _Raw(NamedTuple):
+    """A gathered batch on its way: already on the device, or being copied there until `copied`."""
+
+    stored: Tensor
+    labels: Tensor
+    position: Tensor
+    sample_id: Tensor
+    copied: torch.cuda.Event | None
+
+
+def positions_of(start: int, batch: int, micro_batch: int, rank: int, world_size: int) -> np.ndarray:
+    """The positions of a rank's `batch`-th micro-batch after `start`: int64 [micro_batch]."""
+    return start + batch * micro_batch * world_size + rank + world_size * np.arange(micro_batch, dtype=np.int64)
+
+
+class Loader:
+    """Reads a set of shards in an order; a context manager, whose threads end with it.
+
+    Args:
+        shards: what to read.
+        order: which sample stands at which position.
+        transform: (stored [B, *shape], position [B]) on the device -> x0 [B, C, H, W] fp32.
+        device: where batches go; on CUDA through pinned memory and a stream of its own.
+        threads: that gather; 0 gathers in the caller. Any number gives the same batches in the same order.
+        ahead: batches gathered before they are asked for, where there are threads.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: SampleOrder,
+        transform: Callable[[Tensor, Tensor], Tensor],
+        device: torch.device | str = "cpu",
+        threads: int = 1,
+        ahead: int = 4,
+    ):
+        self.shards = shards
+        self.order = order
+        self.transform = transform
+        self.device = torch.device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fasttrain-loader") if threads else None
+        self._ahead = ahead
+
+    def batches(self, start_position: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Endless micro-batches of a rank from a position on.
+
+        Raises (from the iterator, in the caller):
+            UserError: a shard that is missing, cut short or damaged, by name.
+        """
+        if micro_batch < 1 or start_position < 0 or not 0 <= rank < world_size:
+            told = f"micro_batch {micro_batch}, start_position {start_position}, rank {rank}, world_size {world_size}"
+            raise ValueError(f"micro_batch must be positive, start_position >= 0 and 0 <= rank < world_size; got {told}")
+        numbers = itertools.count()
+        jobs = (positions_of(start_position, i, micro_batch, rank, world_size) for i in numbers)
+        return (self._finish(raw) for raw in self._raw(jobs))
+
+    def _raw(self, jobs: Iterator[np.ndarray]) -> Iterator[_Raw]:
+        if self._pool is None:
+            yield from map(self._gather, jobs)
+            return
+        pending: deque[Future[_Raw]] = deque()
+        try:
+            while True:
+                while len(pending) < self._ahead:
+                    pending.append(self._pool.submit(self._gather, next(jobs)))
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _gather(self, positions: np.ndarray) -> _Raw:
+        ids = self.order.sample_ids(positions)
+        stored, labels = self.shards.gather(ids)
+        host = [torch.from_numpy(array) for array in (stored, labels, positions)]
+        sample_id = torch.from_numpy(ids)
+        if self._stream is None:
+            return _Raw(*host, sample_id, None)
+        with torch.cuda.stream(self._stream):
+            moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in host]
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return _Raw(*moved, sample_id, copied)
+
+    def _finish(self, raw: _Raw) -> Batch:
+        if raw.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(raw.copied)
+            for tensor in raw[:3]:
+                # The copy's stream owns this memory: it must not be used again before the consumer's stream is done with it.
+                tensor.record_stream(current)
+        return Batch(self.transform(raw.stored, raw.position), raw.labels, raw.position, raw.sample_id)
+
+    def close(self) -> None:
+        """Ends the threads; batches not yet gathered are dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loader:
+    """The loader of a run's training samples, on the seed's device.
+
+    Args:
+        config: the `data:` section.
+        shards: ShardSet.open(config.train, config.verify).
+        seed: [] int64 of the run; keys the order, the flips and the posteriors.
+
+    Raises:
+        UserError: nothing left to train on beside the held-out samples.
+    """
+    kept = len(shards) - config.held_out
+    if kept < 1:
+        raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; leave some to train on")
+    order = Order(kept, shards.index.shard_samples, int(seed), config.streams, config.window_shards)
+    transform = build_transform(shards.index, seed, config.flip, config.normalise)
+    return Loader(shards, order, transform, seed.device, config.threads, config.ahead)
+
+
+def held_out_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loader:
+    """The loader of the held-out samples, never mirrored: position n is the n-th of them, over and over.
+
+    Raises:
+        UserError: data.held_out is 0, or more than there are.
+    """
+    if not 0 < config.held_out <= len(shards):
+        raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; give 1 or more, and leave some")
+    transform = build_transform(shards.index, seed, flip=False, normalise=config.normalise)
+    return Loader(shards, HeldOut(len(shards), config.held_out), transform, seed.device, config.threads, config.ahead)
