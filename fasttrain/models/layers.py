@@ -1,6 +1,7 @@
 """The plain parts that transformers here share: patches in and out, the MLP, layers that compute in fp32."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,17 @@ from torch.utils.checkpoint import checkpoint
 MLP_RATIO = 4
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A region where autocast, if any, leaves dtypes alone."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class Fp32Linear(nn.Linear):
     """A linear layer computed in fp32 whatever the dtype it is stored in; returns fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias)  # [..., out]
 
@@ -24,7 +31,7 @@ class Fp32Conv2d(nn.Conv2d):
     """A convolution computed in fp32 whatever the dtype it is stored in; returns fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias)  # [B, out, H, W]
 
