@@ -3,13 +3,18 @@
     x_t = alpha_t x0 + sigma_t eps,   eps ~ N(0, 1) from (seed, position)        [Hang et al. 2023, Eq. 1-2]
 
 x0, x_t are [B, ...] of fp32, bf16 or fp16; alpha, sigma [B] fp32. Computed in fp32. Bytes per element in bf16: 2 read, 2 written
-(eps never reaches memory). Nothing but alpha is kept for the backward pass.
+(eps never reaches memory). Only alpha is kept for the backward pass: dx0 = alpha dx_t.
 """
 
 import torch
 from torch import Tensor
 
-from fasttrain_kernels.philox import normal
+from fasttrain_kernels.arguments import draw_key, require_constant, require_float, require_per_sample, require_same_device
+from fasttrain_kernels.dispatch import choose
+from fasttrain_kernels.language import jit, tl, triton
+from fasttrain_kernels.philox import Purpose, normal, normals
+
+_BLOCK = 1024
 
 
 def noising_reference(
@@ -23,6 +28,60 @@ def noising_reference(
     return x_t.to(dtype or x0.dtype)
 
 
+@jit
+def _noising_kernel(
+    x0,  # [B, size] any float
+    x_t,  # [B, size] any float
+    alpha,  # [B] fp32
+    sigma,  # [B] fp32
+    seed,  # [] int64
+    position,  # [B] int64
+    size,
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    element = start + tl.arange(0, BLOCK)
+    inside = element < size
+    eps = normals(tl.load(seed), tl.load(position + sample), start, PURPOSE, BLOCK)
+    clean = tl.load(x0 + sample * size + element, mask=inside, other=0.0).to(tl.float32)
+    noisy = tl.load(alpha + sample) * clean + tl.load(sigma + sample) * eps
+    tl.store(x_t + sample * size + element, noisy, mask=inside)
+
+
+@torch.library.custom_op("fasttrain::noising", mutates_args=())
+def _noising_op(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    x0 = x0.contiguous()
+    x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
+    if x_t.numel() > 0:
+        size = x0[0].numel()
+        grid = (x0.shape[0], triton.cdiv(size, _BLOCK))
+        with torch.cuda.device_of(x0):
+            _noising_kernel[grid](x0, x_t, alpha, sigma, seed, position, size, int(Purpose.NOISE), _BLOCK, num_warps=4)
+    return x_t
+
+
+@_noising_op.register_fake
+def _(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x0.shape, dtype=dtype, device=x0.device)
+
+
+def _save(ctx, inputs, output) -> None:
+    x0, alpha, *_ = inputs
+    ctx.save_for_backward(alpha)
+    ctx.dtype = x0.dtype
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (alpha,) = ctx.saved_tensors
+    dx0 = alpha.view((-1,) + (1,) * (grad.dim() - 1)) * grad.to(torch.float32)
+    return dx0.to(ctx.dtype), None, None, None, None, None
+
+
+_noising_op.register_autograd(_backward, setup_context=_save)
+
+
 def noising(
     x0: Tensor,
     alpha: Tensor,
@@ -33,4 +92,32 @@ def noising(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    return noising_reference(x0, alpha, sigma, seed, position, dtype=dtype)
+    """Noisy samples, with the noise drawn from (seed, position).
+
+    x_t = alpha x0 + sigma eps                                                   [Hang et al. 2023, Eq. 1-2]
+
+    Args:
+        x0: clean latents or pixels, [B, ...], fp32, bf16 or fp16.
+        alpha, sigma: [B] fp32, of each sample's timestep.
+        seed: [] int64 tensor on x0's device (an int costs a copy to the device).
+        position: [B] int64, the draws' places in training.
+        dtype: of the result; x0's by default.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        x_t, x0's shape, computed in fp32 and rounded once. Differentiable in x0.
+
+    Raises:
+        ValueError: shapes, types or devices disagree, or `impl` cannot run here.
+    """
+    require_float(x0=x0, alpha=alpha, sigma=sigma)
+    if x0.dim() < 2:
+        raise ValueError(f"x0 must be [B, ...], got {list(x0.shape)}")
+    require_per_sample(x0.shape[0], alpha=alpha, sigma=sigma)
+    require_same_device(x0.device, alpha=alpha, sigma=sigma)
+    require_constant("x0", alpha=alpha, sigma=sigma)
+    seed = draw_key(seed, position, x0.shape[0], x0.device)
+    if choose(impl, x0) == "reference":
+        return noising_reference(x0, alpha, sigma, seed, position, dtype=dtype)
+    alpha, sigma = (values.to(torch.float32).contiguous() for values in (alpha, sigma))
+    return _noising_op(x0, alpha, sigma, seed, position.contiguous(), dtype or x0.dtype)

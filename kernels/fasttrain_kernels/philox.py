@@ -23,6 +23,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fasttrain_kernels.language import jit, tl
+
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -42,9 +44,14 @@ class Purpose(IntEnum):
     HELD_OUT = 7
 
 
-def philox(
-    seed: Tensor | int, index: Tensor | int, purpose: Tensor | int, position: Tensor | int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def int64_tensor(value: Tensor | int, device: torch.device | None) -> Tensor:
+    """A tensor as it is; a Python int, taken modulo 2^64, as a [] int64 tensor on `device`."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor((int(value) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def philox(seed: Tensor | int, index: Tensor | int, purpose: Tensor | int, position: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32-10 of key `seed` and counter (index, purpose, position low, position high) [Salmon et al. 2011, section 3.3].
 
     Args:
@@ -56,7 +63,7 @@ def philox(
         Four int64 tensors with values in [0, 2^32), of the arguments' common broadcast shape.
     """
     device = next((a.device for a in (seed, index, purpose, position) if isinstance(a, Tensor)), None)
-    seed, index, purpose, position = (_int64(a, device) for a in (seed, index, purpose, position))
+    seed, index, purpose, position = (int64_tensor(a, device) for a in (seed, index, purpose, position))
     c0, c1, c2, c3 = torch.broadcast_tensors(index & _WORD, purpose & _WORD, position & _WORD, (position >> 32) & _WORD)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
@@ -93,12 +100,6 @@ def normal(seed: Tensor | int, position: Tensor, shape: Sequence[int], purpose: 
     return values.flatten(1)[:, :size].reshape(-1, *shape)
 
 
-def _int64(value: Tensor | int, device: torch.device | None) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return torch.tensor((int(value) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-
-
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 32 x 32 bit product, through 16-bit halves because int64 cannot hold the whole."""
     low = word * (constant & 0xFFFF)
@@ -112,3 +113,47 @@ def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     radius = torch.sqrt(-2.0 * torch.log(open_unit.to(torch.float64)))
     angle = (second - 2**29).to(torch.float64) * (2.0 * math.pi * 2.0**-32)
     return (radius * torch.cos(angle)).to(torch.float32), (radius * torch.sin(angle)).to(torch.float32)
+
+
+@jit
+def normals(
+    seed,  # int64
+    position,  # int64
+    start,  # int, a multiple of 4
+    PURPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least 4
+):
+    """[BLOCK] fp32 in a kernel: `normal`'s elements start .. start + BLOCK - 1 of the sample at `position`."""
+    r0, r1, r2, r3 = integers(seed, position, start // 4 + tl.arange(0, BLOCK // 4), PURPOSE)
+    z0, z1 = _box_muller_kernel(r0, r1)
+    z2, z3 = _box_muller_kernel(r2, r3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [BLOCK])
+
+
+@jit
+def integers(seed, position, index, PURPOSE: tl.constexpr):
+    """Four uint32 blocks shaped like `index` in a kernel: the same as `philox`."""
+    index = index.to(tl.uint32)
+    zero = tl.zeros_like(index)
+    low = position.to(tl.uint32)
+    high = (position >> 32).to(tl.uint32)
+    return tl.philox(seed, index, zero + PURPOSE, zero + low, zero + high)
+
+
+@jit
+def _box_muller_kernel(first, second):
+    # tl.sin and tl.cos carry a slow path with local memory for huge arguments. Here the angle is known to lie within an eighth turn of
+    # a quarter turn's middle, so the first terms of the Taylor series do: what they leave out is below 3e-8.
+    open_unit = (first.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    radius = tl.sqrt(-2.0 * tl.log(open_unit))
+    quarter = second >> 30
+    angle = ((second & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    square = angle * angle
+    sine = angle * (1.0 + square * (-1.0 / 6 + square * (1.0 / 120 + square * (-1.0 / 5040 + square * (1.0 / 362880)))))
+    cosine = 1.0 + square * (-1.0 / 2 + square * (1.0 / 24 + square * (-1.0 / 720 + square * (1.0 / 40320))))
+    odd = (quarter & 1) == 1
+    along = tl.where(odd, sine, cosine)
+    across = tl.where(odd, cosine, sine)
+    turned_cosine = tl.where((quarter == 1) | (quarter == 2), -along, along)
+    turned_sine = tl.where(quarter >= 2, -across, across)
+    return radius * turned_cosine, radius * turned_sine

@@ -1,0 +1,112 @@
+"""Triton's interpreter as a stand-in for a GPU, inside one test: with a GPU's rounding, and nothing left behind afterwards.
+
+Stock Triton decides at import between compiling and interpreting, so one process can do only one of them. Here kernels stay
+compilable; within `interpreting()` their launches go to the interpreter, within `recording()` to a list.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from fasttrain_kernels import dispatch
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+
+@dataclass
+class Launch:
+    """One kernel launch: what the launcher passed."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def bound(self) -> dict[str, Any]:
+        """Argument name -> value, for the kernel's own parameters."""
+        own = {name: value for name, value in self.settings.items() if name in self.kernel.arg_names}
+        return inspect.signature(self.kernel.fn).bind(*self.args, **own).arguments
+
+    def options(self) -> dict[str, Any]:
+        """Compiler options, such as num_warps."""
+        return {name: value for name, value in self.settings.items() if name not in self.kernel.arg_names}
+
+
+@contextmanager
+def interpreting() -> Iterator[list[Launch]]:
+    """Kernel launches, on CPU tensors too, run in the interpreter; gives the list of launches made."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **settings: Any) -> None:
+        launches.append(Launch(self, grid, args, settings))
+        _interpreted(self.fn).run(*args, grid=grid, warmup=warmup, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "INTERPRETED", True)
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs))
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", lambda self, source, to, _mode: _cast(self, source, to))
+        patch.setattr(interpreter.InterpreterBuilder, "binary_op", _refuse_bf16(interpreter.InterpreterBuilder.binary_op))
+        yield launches
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Kernel launches are listed and not run: what they would have written is undefined."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **settings: Any) -> None:
+        launches.append(Launch(self, grid, args, settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "INTERPRETED", True)
+        patch.setattr(JITFunction, "run", run)
+        yield launches
+
+
+class _Rewriter(interpreter.FunctionRewriter):
+    """Rewrites a kernel for the interpreter in a copy of its globals, where stock Triton adds names to the kernel's own module.
+
+    The copy shows both of Triton's language modules, so that one patch per grid covers the library functions a kernel calls.
+    """
+
+    def _compile_and_exec(self, transformed_ast: Any) -> Callable[..., Any]:
+        code = compile(transformed_ast, filename=self.filename, mode="exec")
+        scope = {**vars(interpreter), **self.fn.__globals__, "tl": tl, "core": tl.core}
+        exec(code, scope)
+        return scope[self.fn.__name__]
+
+
+@functools.cache
+def _interpreted(source: Callable[..., Any]) -> interpreter.InterpretedFunction:
+    function = interpreter.InterpretedFunction(source)
+    function.rewriter = _Rewriter(source)
+    return function
+
+
+def _cast(self: Any, source: interpreter.TensorHandle, to: tl.dtype) -> interpreter.TensorHandle:
+    """A conversion between types rounded to nearest even, as GPUs do; stock Triton cuts fp32 to bf16 off."""
+    before, after = source.dtype.scalar, to.scalar
+    data = source.data
+    if before == tl.bfloat16:
+        data = torch.from_numpy(np.ascontiguousarray(data).view(np.int16)).view(torch.bfloat16).to(torch.float32).numpy()
+    if after == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).to(torch.bfloat16)
+        return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), after)
+    return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(after)), after)
+
+
+def _refuse_bf16(binary_op: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(self: Any, left: interpreter.TensorHandle, right: interpreter.TensorHandle, op: Any) -> Any:
+        assert tl.bfloat16 not in (left.dtype.scalar, right.dtype.scalar), "the interpreter computes garbage in bf16: convert first"
+        return binary_op(self, left, right, op)
+
+    return refuse
