@@ -1,0 +1,174 @@
+"""The objective against plain torch, and what may and may not decide its draws."""
+
+import pytest
+import torch
+from fasttrain_kernels.philox import Purpose, normal, uniform
+from torch import Tensor
+
+from fasttrain.diffusion.objective import Loss, Objective
+from fasttrain.diffusion.prediction import PREDICTIONS
+from fasttrain.diffusion.schedule import SCHEDULES
+from fasttrain.diffusion.timesteps import TIMESTEPS
+from fasttrain.diffusion.weighting import WEIGHTINGS
+from fasttrain.errors import UserError
+from tests.diffusion.extensions import Flow, Straight
+
+SEED = torch.tensor(99)
+NULL = 10
+
+
+def build(
+    schedule: str | dict = "cosine",
+    prediction: str = "x0",
+    weighting: str = "min_snr",
+    timesteps: str = "uniform",
+    *,
+    label_drop: float = 0.0,
+    null_label: int | None = NULL,
+) -> Objective:
+    return Objective(
+        SCHEDULES.build(schedule),
+        PREDICTIONS.build(prediction),
+        WEIGHTINGS.build(weighting),
+        TIMESTEPS.build(timesteps),
+        label_drop=label_drop,
+        null_label=null_label,
+        seed=SEED,
+    )
+
+
+def batch(count: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    x0 = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    return x0, torch.arange(count) % 10, 1000 + torch.arange(count)
+
+
+class Recorder:
+    """A model with one weight that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.weight = torch.tensor(0.7, requires_grad=True)
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        self.calls.append((x_t, t, labels))
+        return self.weight * x_t
+
+    def seen(self) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(column) for column in zip(*self.calls, strict=True))
+
+
+def in_plain_torch(prediction: str, weighting: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's loss for a variance-preserving path (cosine), written out without any component's formula but the schedule's."""
+    x0, _, position = batch()
+    t = (uniform(SEED, position, Purpose.TIMESTEP) * 1000).long()
+    alpha, sigma = (c[:, None, None, None] for c in SCHEDULES.build("cosine").alpha_sigma(t))
+    eps = normal(SEED, position, (3, 4, 4)).double()
+    x_t = alpha * x0 + sigma * eps
+    snr = (alpha / sigma) ** 2
+    w = {"const": snr**0, "snr": snr, "max_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=5), "soft_min_snr": 5 * snr / (5 + snr)}
+    target = {"x0": x0.double(), "eps": eps, "v": alpha * eps - sigma * x0}[prediction]
+    divisor = {"x0": snr**0, "eps": snr, "v": snr + 1}[prediction]
+    error = (weight.double() * x_t - target) ** 2
+    return (w[weighting] / divisor * error).mean(), error.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS.names())
+@pytest.mark.parametrize("weighting", WEIGHTINGS.names())
+def test_objective_equals_plain_torch(prediction: str, weighting: str) -> None:
+    model, plain = Recorder(), torch.tensor(0.7, requires_grad=True)
+    got = build("cosine", prediction, weighting)(model, *batch())
+    loss, mse = in_plain_torch(prediction, weighting, plain)
+    got.loss.backward()
+    loss.backward()
+    assert got.loss.dtype == got.mse.dtype == torch.float32
+    # fp32 arithmetic against float64: a few units in the seventh digit of each addend.
+    torch.testing.assert_close(got.loss.double(), loss, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got.mse.double(), mse, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.weight.grad, plain.grad, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEPS.names())
+def test_positions_decide_all_draws_whatever_the_batches(timesteps: str) -> None:
+    objective, whole, halves = build(timesteps=timesteps, label_drop=0.3), Recorder(), Recorder()
+    data = batch()
+    together = objective(whole, *data)
+    parts = [objective(halves, *(column[part] for column in data)) for part in (slice(1, None, 2), slice(0, None, 2))]
+    order = torch.cat([torch.arange(1, 24, 2), torch.arange(0, 24, 2)])
+    for expected, actual in zip(whole.seen(), halves.seen(), strict=True):
+        assert torch.equal(expected[order], actual)
+    assert torch.equal(together.t[order], torch.cat([part.t for part in parts]))
+    assert torch.equal(together.mse[order], torch.cat([part.mse for part in parts]))
+
+
+def test_another_position_or_seed_draws_otherwise() -> None:
+    x0, labels, position = batch()
+    first, later = Recorder(), Recorder()
+    build()(first, x0, labels, position)
+    build()(later, x0, labels, position + 24)
+    assert not torch.equal(first.seen()[0], later.seen()[0]) and not torch.equal(first.seen()[1], later.seen()[1])
+
+
+def test_label_dropout_takes_its_share_and_leaves_noise_alone() -> None:
+    x0, labels, position = torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10, torch.arange(4000)
+    with_drop, without = Recorder(), Recorder()
+    build(label_drop=0.15)(with_drop, x0, labels, position)
+    build(label_drop=0.0)(without, x0, labels, position)
+    dropped = with_drop.seen()[2] == NULL
+    assert abs(dropped.double().mean().item() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5
+    assert torch.equal(with_drop.seen()[2][~dropped], labels[~dropped])
+    assert torch.equal(with_drop.seen()[0], without.seen()[0]) and torch.equal(without.seen()[2], labels)
+
+
+def test_model_sees_the_dtype_asked_for_and_the_loss_stays_fp32() -> None:
+    model = Recorder()
+    loss = build(prediction="v")(model, *batch(), dtype=torch.bfloat16)
+    assert model.calls[0][0].dtype == torch.bfloat16 and loss.loss.dtype == loss.mse.dtype == torch.float32
+
+
+def test_unconditional_objective_passes_labels_through() -> None:
+    model = Recorder()
+    assert isinstance(build(null_label=None)(model, *batch()), Loss)
+    assert torch.equal(model.calls[0][2], batch()[1])
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS.names())
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_zero_terminal_snr_gives_finite_losses(prediction: str, weighting: str) -> None:
+    objective = build({"name": "cosine", "num_timesteps": 2, "zero_terminal": True}, prediction, weighting)
+    loss = objective(Recorder(), *batch())
+    assert set(loss.t.tolist()) == {0, 1} and loss.loss.isfinite() and loss.mse.isfinite().all()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS.names())
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
+def test_eps_with_zero_terminal_snr_is_refused_by_name(schedule: str, weighting: str) -> None:
+    with pytest.raises(UserError, match=f"prediction 'eps' is undefined under schedule '{schedule}'.*zero_terminal"):
+        build({"name": schedule, "zero_terminal": True}, "eps", weighting)
+
+
+def test_an_unbounded_weight_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEDULES._classes, "straight", Straight)
+    with pytest.raises(UserError, match=r"weighting 'snr' is not finite for prediction 'x0'.*'straight': set weighting to min_snr"):
+        build("straight", "x0", "snr")
+
+
+def test_a_continuous_path_and_its_target_need_nothing_else() -> None:
+    """Rectified flow with constant weight on x0: the weight on u is sigma^2, since alpha + sigma = 1."""
+    objective = Objective(
+        Straight(), Flow(), WEIGHTINGS.build("const"), TIMESTEPS.build("uniform"), label_drop=0, null_label=None, seed=SEED
+    )
+    got = objective(Recorder(), *batch())
+    x0, _, position = batch()
+    t = uniform(SEED, position, Purpose.TIMESTEP)
+    eps, s = normal(SEED, position, (3, 4, 4)).double(), t[:, None, None, None]
+    error = (0.7 * ((1 - s) * x0 + s * eps) - (eps - x0)) ** 2
+    assert torch.equal(got.t, t)
+    torch.testing.assert_close(got.loss.double(), (s**2 * error).mean(), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("drop", "null", "message"), [(0.1, None, "set label_drop to 0"), (1.0, 10, r"in \[0, 1\)"), (-0.1, 10, r"in \[0, 1\)")]
+)
+def test_impossible_label_dropout_is_refused(drop: float, null: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(label_drop=drop, null_label=null)
