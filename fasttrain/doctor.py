@@ -111,7 +111,9 @@ def _gpus() -> Iterable[Finding]:
 
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is built without CUDA"
-        yield Finding("GPU", f"none; {built}: training runs on the CPU", "" if not torch.version.cuda else "check the driver with nvidia-smi")
+        yield Finding(
+            "GPU", f"none; {built}: training runs on the CPU", "" if not torch.version.cuda else "check the driver with nvidia-smi"
+        )
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -141,7 +143,9 @@ def _triton_runs() -> Iterable[Finding]:
     import torch
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        yield Finding("Triton kernels", "run in Triton's interpreter (TRITON_INTERPRET=1): for tests, very slow", "unset TRITON_INTERPRET to train")
+        yield Finding(
+            "Triton kernels", "run in Triton's interpreter (TRITON_INTERPRET=1): for tests, very slow", "unset TRITON_INTERPRET to train"
+        )
     elif torch.cuda.is_available():
         yield Finding("Triton kernels", "compiled for the GPU on first use")
     else:
@@ -150,7 +154,9 @@ def _triton_runs() -> Iterable[Finding]:
 
 def _flash_attention() -> Iterable[Finding]:
     version = _version("flash-attn")
-    yield Finding("flash-attn", f"{version} installed; attention does not need it" if version else "not installed; attention does not need it")
+    yield Finding(
+        "flash-attn", f"{version} installed; attention does not need it" if version else "not installed; attention does not need it"
+    )
 
 
 def _apex() -> Iterable[Finding]:
@@ -160,9 +166,15 @@ def _apex() -> Iterable[Finding]:
         yield Finding("apex", "not installed; nothing needs it")
         return
     if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        yield Finding("apex", "the unrelated package of that name on PyPI, not NVIDIA's", "pip uninstall apex; NVIDIA's is in NGC containers or its repository")
+        yield Finding(
+            "apex",
+            "the unrelated package of that name on PyPI, not NVIDIA's",
+            "pip uninstall apex; NVIDIA's is in NGC containers or its repository",
+        )
     elif importlib.util.find_spec("amp_C") is None:
-        yield Finding("apex", "NVIDIA's, without its CUDA extensions", "build it with --cpp_ext --cuda_ext, or uninstall it: nothing needs it")
+        yield Finding(
+            "apex", "NVIDIA's, without its CUDA extensions", "build it with --cpp_ext --cuda_ext, or uninstall it: nothing needs it"
+        )
     else:
         yield Finding("apex", "NVIDIA's, with CUDA extensions; nothing needs it")
 

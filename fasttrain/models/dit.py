@@ -55,6 +55,13 @@ class DiT(Transformer):
         return flops.blocks(width, self.depth, patches) + flops.modulation(width, self.depth) + time + first + last
 
 
+class Modulation(nn.Sequential):
+    """SiLU and a linear layer: from the conditioning vector [B, D] to `count` vectors [B, count * D]."""
+
+    def __init__(self, width: int, count: int):
+        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
+
+
 class Block(nn.Module):
     """x + gate * attention(adaln(x)), then x + gate * mlp(adaln(x)); the norms have no parameters of their own."""
 
@@ -64,7 +71,7 @@ class Block(nn.Module):
         self.kernels = config.kernels
         self.attn = Attention(config.width, config.heads)
         self.mlp = Mlp(config.width, gelu="tanh")
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+        self.adaLN_modulation = Modulation(config.width, 6)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(cond).chunk(6, dim=1)  # 6 x [B, D]
@@ -82,7 +89,7 @@ class FinalLayer(nn.Module):
         self.norm = config.norm
         self.kernels = config.kernels
         self.linear = nn.Linear(config.width, config.patch**2 * config.out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.adaLN_modulation = Modulation(config.width, 2)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)  # 2 x [B, D]
@@ -111,17 +118,18 @@ class DiffusionTransformer(nn.Module):
 
     def _initialize(self) -> None:
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        # The patch convolution is a matrix from p*p*C values to D: its fans are that matrix's, not a convolution's.
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for table in (*self.t_embedder.mlp[::2], *([self.y_embedder.embedding_table] if self.y_embedder else [])):
-            nn.init.normal_(table.weight, std=0.02)
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                # The patch convolution is a matrix from p*p*C values to D: its fans are that matrix's, not a convolution's.
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        for layer in (*self.t_embedder.modules(), *(self.y_embedder.modules() if self.y_embedder else ())):
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
         # Zero gates make every block the identity at the start; a zero last layer makes the first prediction zero.
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
+        zero = [self.final_layer.linear, *(layer for layer in self.modules() if isinstance(layer, Modulation))]
+        for parameter in (parameter for layer in zero for parameter in layer.parameters()):
+            nn.init.zeros_(parameter)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.config.width, self.config.grid))
 

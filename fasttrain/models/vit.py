@@ -94,7 +94,8 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(layer.bias)
         with torch.no_grad():
             # Each block adds two branches to the stream: shrink them so that its variance does not grow with the depth.
-            for number, block in enumerate(self.blocks, start=1):
+            blocks = (layer for layer in self.modules() if isinstance(layer, Block))
+            for number, block in enumerate(blocks, start=1):
                 block.attn.proj.weight.div_(math.sqrt(2 * number))
                 block.mlp.fc2.weight.div_(math.sqrt(2 * number))
             # The first prediction is then almost zero: the loss starts at the target's variance.

@@ -1,0 +1,9 @@
+"""Every test here draws from the same seed."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
