@@ -35,11 +35,9 @@ class Batch(NamedTuple):
 
 
 class _Raw(NamedTuple):
-    """A gathered batch on its way: already on the device, or being copied there until `copied`."""
+    """A gathered batch on its way: stored, labels and position are on the device once `copied` has passed."""
 
-    stored: Tensor
-    labels: Tensor
-    position: Tensor
+    on_device: list[Tensor]
     sample_id: Tensor
     copied: torch.cuda.Event | None
 
@@ -108,24 +106,27 @@ class Loader:
     def _gather(self, positions: np.ndarray) -> _Raw:
         ids = self.order.sample_ids(positions)
         stored, labels = self.shards.gather(ids)
-        host = [torch.from_numpy(array) for array in (stored, labels, positions)]
-        sample_id = torch.from_numpy(ids)
+        on_device, copied = self._copy([torch.from_numpy(array) for array in (stored, labels, positions)])
+        return _Raw(on_device, torch.from_numpy(ids), copied)
+
+    def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
         if self._stream is None:
-            return _Raw(*host, sample_id, None)
+            return host, None
         with torch.cuda.stream(self._stream):
             moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in host]
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return _Raw(*moved, sample_id, copied)
+        return moved, copied
 
     def _finish(self, raw: _Raw) -> Batch:
         if raw.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(raw.copied)
-            for tensor in raw[:3]:
+            for tensor in raw.on_device:
                 # The copy's stream owns this memory: it must not be used again before the consumer's stream is done with it.
                 tensor.record_stream(current)
-        return Batch(self.transform(raw.stored, raw.position), raw.labels, raw.position, raw.sample_id)
+        stored, labels, position = raw.on_device
+        return Batch(self.transform(stored, position), labels, position, raw.sample_id)
 
     def close(self) -> None:
         """Ends the threads; batches not yet gathered are dropped."""
