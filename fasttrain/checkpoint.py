@@ -14,16 +14,15 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fasttrain.digest import digest
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.errors import UserError
@@ -233,26 +232,12 @@ class _Slices:
             raise UserError(f"the checkpoint lacks {view.numel() - filled} elements of {parameter} ({key}); use another one")
 
 
-def digest(path: Path) -> str:
-    """The xxh3-128 digest of a file, in hexadecimal."""
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        for block in _blocks(file):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
 def _move_away(folder: Path) -> None:
     """Makes way for a checkpoint of the same step (a damaged one, passed over): deleted only when the new one stands."""
     replaced = folder.with_suffix(".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.rename(folder, replaced)
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 24):
-        yield block
 
 
 def _damage(path: Path, entry: dict[str, Any]) -> str | None:

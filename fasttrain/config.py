@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fasttrain.data.config import DataConfig
-from fasttrain.diffusion.prediction import PREDICTIONS, Prediction
+from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Cosine, Schedule
 from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
 from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
@@ -30,7 +30,7 @@ class DiffusionConfig(Section):
     """What is learned: noise schedule, prediction target, weighting on the x0 error, timesteps, label dropout."""
 
     schedule: Annotated[Schedule, *SCHEDULES.field()] = Cosine()
-    prediction: Annotated[Prediction, *PREDICTIONS.field()] = PREDICTIONS.build("x0")
+    prediction: Annotated[Prediction, *PREDICTIONS.field()] = X0()
     weighting: Annotated[Weighting, *WEIGHTINGS.field()] = MinSnr()
     timesteps: Annotated[Timesteps, *TIMESTEPS.field()] = Stratified()
     label_drop: float = Field(default=0.15, ge=0, lt=1)

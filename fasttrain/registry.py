@@ -15,7 +15,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(choices)}"
+    return f"{hint}the choices are: {', '.join(choices)}"
 
 
 class Registry:

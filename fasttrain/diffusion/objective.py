@@ -23,6 +23,7 @@ class Loss(NamedTuple):
     """What one micro-batch gives."""
 
     loss: Tensor  # [] fp32, mean over the samples of the weighted squared error; differentiable
+    weighted: Tensor  # [B] fp32, each sample's weighted squared error
     mse: Tensor  # [B] fp32, each sample's unweighted squared error of the target
     t: Tensor  # [B] the timesteps drawn
 
@@ -78,7 +79,7 @@ class Objective:
         x_t = noising(x0, alpha.float(), sigma.float(), self.seed, position, dtype=dtype, impl=self.impl)
         pred = model(x_t, t, self._dropped(labels, position))
         loss, mse = weighted_mse(pred, x0, x0_coef.float(), eps_coef.float(), weight.float(), self.seed, position, impl=self.impl)
-        return Loss(loss.mean(), mse, t)
+        return Loss(loss.mean(), loss.detach(), mse, t)
 
     def _dropped(self, labels: Tensor, position: Tensor) -> Tensor:
         if self.null_label is None or self.label_drop == 0:

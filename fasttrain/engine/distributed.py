@@ -34,6 +34,12 @@ class Processes:
         dist.all_gather_object(items, item, group=self.control)
         return items
 
+    def gather_to_main(self, item: Any) -> list[Any]:
+        """Every process's item, in rank order, on rank 0; an empty list elsewhere."""
+        items: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(item, items, dst=0, group=self.control)
+        return items or []
+
     def from_main(self, item: Any) -> Any:
         """Rank 0's item on every process."""
         box = [item]

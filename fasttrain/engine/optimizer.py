@@ -83,7 +83,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps);  ema = d ema + (1 - d) p
 
-    All state is fp32 and lives beside the master weights, so ZeRO shards the averages as it shards the moments. Set `clock` before every step.
+    All state is fp32 and lives beside the master weights, so ZeRO shards the averages as it shards the moments. Call `begin` before every step.
 
     Args:
         ema: the averages to keep; their states are named `ema`, `ema_1`, ...
@@ -109,6 +109,12 @@ class AdamWEMA(torch.optim.Optimizer):
         self.overflow = False
         self.grad_norm: torch.Tensor | None = None
         self.clock = Clock(update=1, position=1, images=1)
+
+    def begin(self, clock: Clock, learning_rate: float) -> None:
+        """Sets what the next update needs to know."""
+        self.clock = clock
+        for group in self.param_groups:
+            group["lr"] = learning_rate
 
     def state_names(self) -> list[str]:
         """The keys of every parameter's state, in a fixed order."""

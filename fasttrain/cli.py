@@ -1,0 +1,80 @@
+"""The command line: `fasttrain prepare | train | sample | evaluate | export | doctor`."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fasttrain.errors import UserError
+
+# Sub-command -> (module with add_arguments and run, what it does). Imported only when asked for: `--help` should not wait for torch.
+COMMANDS = {
+    "train": ("fasttrain.commands.train", "train a run, or continue it"),
+    "sample": ("fasttrain.commands.sample", "draw images from a run"),
+    "evaluate": ("fasttrain.commands.evaluate", "score a run against real images"),
+    "export": ("fasttrain.commands.export", "write a run's weights as one safetensors file"),
+    "doctor": ("fasttrain.commands.doctor", "tell what this machine has, and what training here will use"),
+}
+SOURCES = {
+    "digits": ("fasttrain.data.prepare.digits", "scikit-learn's 1,797 handwritten digits"),
+    "images": ("fasttrain.data.prepare.images", "a tree of class folders, or a tar of one"),
+    "latents": ("fasttrain.data.prepare.latents", "the same, encoded by a VAE"),
+}
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, or 2 for a mistake that the user can mend."""
+    given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
+    args = _parse(given)
+    try:
+        importlib.import_module(args.module).run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fasttrain: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """The arguments; overrides may also follow options, which argparse alone takes for unknown."""
+    parser = _parser(given)
+    args, rest = parser.parse_known_args(given)
+    strangers = [argument for argument in rest if argument.startswith("-") or "=" not in argument or not hasattr(args, "overrides")]
+    if strangers:
+        parser.error(f"unknown arguments: {' '.join(strangers)}; see fasttrain {args.command} --help")
+    if rest:
+        args.overrides += rest
+    return args
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The launchers put `--local_rank=N` before the sub-command; what it says is in the environment as well."""
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--local_rank", "--local-rank", type=int)
+    known, rest = launcher.parse_known_args(arguments)
+    if known.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(known.local_rank))
+    return rest
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fasttrain", description="Trains diffusion transformers to a given image quality in the least GPU time.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    prepare = commands.add_parser("prepare", help="turn images into shards")
+    sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for group, entries in ((commands, COMMANDS), (sources, SOURCES)):
+        for name, (module, told) in entries.items():
+            _add(group.add_parser(name, help=told, description=told), module, wanted=name in given)
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, module: str, wanted: bool) -> None:
+    """A sub-command; its module is imported only when the command line names it."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.set_defaults(module=module)
+    if wanted:
+        importlib.import_module(module).add_arguments(parser)

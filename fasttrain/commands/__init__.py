@@ -1,0 +1,1 @@
+"""The sub-commands of `fasttrain` that work on runs."""

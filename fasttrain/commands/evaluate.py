@@ -1,0 +1,69 @@
+"""`fasttrain evaluate RUN --reference SHARDS`: the distance between a run's samples and real images, its protocol beside it."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
+from fasttrain.data.index import INDEX_FILE
+from fasttrain.data.shards import ShardSet
+from fasttrain.digest import digest
+from fasttrain.engine import distributed
+from fasttrain.errors import UserError
+from fasttrain.evaluation.evaluate import evaluate
+from fasttrain.evaluation.features import FEATURES
+from fasttrain.evaluation.protocol import Protocol
+from fasttrain.trained import Trained
+
+REFERENCE_BATCH = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_generation_arguments(parser, count=10_000)
+    parser.add_argument("--reference", type=Path, required=True, help="folder of image shards to compare with")
+    parser.add_argument("--features", default="pixels", choices=FEATURES.names(), help="what is compared (default pixels)")
+    parser.add_argument("--out", type=Path, help="JSON file for the score and its protocol (default: RUN/scores/WEIGHTS-FEATURES.json)")
+
+
+def run(args: argparse.Namespace) -> None:
+    reference = ShardSet.open(args.reference)
+    if reference.index.kind != "image":
+        raise UserError(f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size")
+    processes = distributed.start(TIMEOUT_SECONDS)
+    try:
+        trained = Trained.load(args.run, args.weights, processes.device)
+        _, _, images = generate_images(trained, args, processes)
+        if processes.is_main:
+            _score(args, trained, images, reference)
+    finally:
+        distributed.finish()
+
+
+def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8], reference: ShardSet) -> None:
+    protocol = Protocol(
+        reference=args.reference.name,
+        reference_digest=digest(args.reference / INDEX_FILE),
+        checkpoint_step=trained.step,
+        weights=trained.weights,
+        sampler={"name": "heun", "steps": args.steps},
+        guidance=args.guidance,
+        seed=args.seed,
+        vae=trained.index.vae.id if trained.index.vae else None,
+    )
+    score = evaluate([images], _images(reference), FEATURES.build(args.features), protocol)
+    out = args.out or args.run / "scores" / f"{args.weights}-{args.features}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    score.save(out)
+    print(
+        f"Frechet distance {score.frechet_distance:.4f} ({args.features}; {score.samples} samples of the {trained.weights} weights at step {trained.step}, "
+        f"{score.reference_samples} reference images): {out}"
+    )
+
+
+def _images(shards: ShardSet) -> Iterator[NDArray[np.uint8]]:
+    for start in range(0, len(shards), REFERENCE_BATCH):
+        pixels, _ = shards.gather(np.arange(start, min(start + REFERENCE_BATCH, len(shards))))
+        yield pixels.transpose(0, 2, 3, 1)

@@ -1,0 +1,39 @@
+"""`fasttrain export RUN OUT`: one safetensors file of a run's weights, with its config inside."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fasttrain.errors import UserError
+from fasttrain.models import MODELS
+from fasttrain.trained import Trained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`")
+    parser.add_argument("out", type=Path, help="file to write, e.g. model.safetensors")
+    parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., or raw (default ema)")
+
+
+def run(args: argparse.Namespace) -> None:
+    trained = Trained.load(args.run, args.weights, torch.device("cpu"))
+    # File metadata is text: the config travels as JSON, and MODELS.build(json.loads(metadata["model"])) builds the network again.
+    metadata = {
+        "format": "pt",
+        "model": json.dumps(MODELS.spec(trained.config.model)),
+        "config": json.dumps(trained.config.plain()),
+        "weights": trained.weights,
+        "step": str(trained.step),
+    }
+    draft = args.out.with_name(args.out.name + ".tmp")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}, draft, metadata)
+        os.replace(draft, args.out)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"cannot write {args.out}: {error}; make room or choose another file") from None
+    print(f"{trained.weights} weights of step {trained.step}: {args.out}")

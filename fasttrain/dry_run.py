@@ -1,0 +1,53 @@
+"""`fasttrain train --dry-run`: what a run would be, without allocating its model."""
+
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fasttrain.config import RunConfig
+from fasttrain.data.loader import training_loader
+from fasttrain.data.shards import ShardSet
+from fasttrain.models.flops import TRAINING
+from fasttrain.models.memory import count_parameters, memory_per_rank
+from fasttrain.run import resolve
+from fasttrain.trainer import build_objective
+
+GIB = 2**30
+
+
+def dry_run(config: RunConfig) -> None:
+    """Prints parameters, FLOPs and memory per ZeRO stage and rank, reads one batch, and checks everything a start would check."""
+    console = Console(highlight=False, soft_wrap=True)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    shards = ShardSet.open(config.data.train, config.data.verify)
+    config = resolve(config, shards.index)
+    seed = torch.tensor(config.seed)
+    build_objective(config, seed)
+    accumulation_steps, micro_batch = config.training.accumulation_steps(world_size), config.training.micro_batch_of(world_size)
+    parameters = count_parameters(config.model)
+    forward = config.model.flops_per_image()
+    console.print(f"data       {len(shards):,} samples of {' x '.join(map(str, shards.index.x0_shape))} in {len(shards.index.shards)} shards, {shards.index.num_classes} classes")
+    console.print(f"model      {parameters.trained:,} trained parameters ({parameters.total:,} in all)")
+    console.print(f"FLOPs      {forward / 1e9:.3g} G forward, {TRAINING * forward / 1e9:.3g} G training per image")
+    console.print(
+        f"batch      {config.training.global_batch} = {micro_batch} x {accumulation_steps} accumulated x {world_size} processes; "
+        f"{config.training.steps * config.training.global_batch:,} images in {config.training.steps:,} steps"
+    )
+    console.print(_memory_table(config, parameters.trained, world_size))
+    with training_loader(config.data, shards, seed) as loader:
+        batch = next(loader.batches(0, micro_batch, 0, world_size))
+    console.print(f"one batch  x0 {list(batch.x0.shape)}, mean {batch.x0.mean():.3f}, standard deviation {batch.x0.std():.3f}, labels {batch.labels.min()} to {batch.labels.max()}")
+    console.print("dry run done: nothing was written")
+
+
+def _memory_table(config: RunConfig, parameters: int, world_size: int) -> Table:
+    weights_bytes = 2 if config.training.precision == "bf16" else 4
+    worlds = sorted({world_size, 8, 64})
+    table = Table("ZeRO stage", *(f"{n} ranks" if n > 1 else "1 rank" for n in worlds), title="GiB per rank between steps, activations not counted")
+    for stage in range(4):
+        cells = [memory_per_rank(parameters, stage, n, weights_bytes, len(config.optimizer.ema))["total"] / GIB for n in worlds]
+        chosen = " (chosen)" if stage == config.zero_stage else ""
+        table.add_row(f"{stage}{chosen}", *(f"{cell:.3g}" for cell in cells))
+    return table

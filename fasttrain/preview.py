@@ -1,0 +1,103 @@
+"""The averaged model beside a run in training: its held-out loss, and the grids of samples it draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasttrain.config import RunConfig
+from fasttrain.data.loader import Loader
+from fasttrain.diffusion.objective import Loss, Objective
+from fasttrain.engine.distributed import Processes
+from fasttrain.sampling.generate import Generator
+from fasttrain.sampling.heun import Heun
+from fasttrain.sampling.images import save_grid, to_uint8
+
+Decode = Callable[[Tensor], Tensor]
+
+# Held-out noise, timesteps and sample noise are drawn under other keys than training's.
+HELD_OUT_KEY = 0x68656C64
+SAMPLE_KEY = 0x73616D70
+
+
+class Preview:
+    """A second copy of the network on each rank, filled with averaged weights when it is asked for something.
+
+    Args:
+        held_out: the loader of the held-out images and how many there are; None without any.
+        decode: x0 [B, C, H, W] -> images in [-1, 1]; None where the samples cannot be shown (latents without data.vae).
+    """
+
+    def __init__(self, config: RunConfig, processes: Processes, held_out: Loader | None, decode: Decode | None, dtype: torch.dtype):
+        self._config, self._processes, self._dtype = config, processes, dtype
+        self._held_out, self._decode = held_out, decode
+        self._network: nn.Module | None = None
+        self._seed = torch.tensor(config.seed, device=processes.device)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Takes these weights (fp32, whole)."""
+        if self._network is None:
+            self._network = self._config.model.build().to(self._processes.device, self._dtype).eval()
+        self._network.load_state_dict(weights, strict=False)
+
+    @torch.no_grad()
+    def held_out_loss(self, batch: int) -> dict[str, float]:
+        """Weighted and unweighted loss on the held-out images, with noise and timesteps that depend on the image's number only. A collective.
+
+        Every rank takes every world_size-th image, so the sum over the ranks is over the same images at any world size.
+        """
+        assert self._held_out is not None and self._network is not None
+        d = self._config.diffusion
+        objective = Objective(
+            d.schedule, d.prediction, d.weighting, d.timesteps, label_drop=0.0, null_label=None, seed=self._seed ^ HELD_OUT_KEY, impl=self._config.kernels
+        )
+        count, world_size = self._config.data.held_out, self._processes.world_size
+        sums = torch.zeros(3, dtype=torch.float64, device=self._processes.device)
+        batches = self._held_out.batches(0, batch, self._processes.rank, world_size)
+        for _ in range(-(-count // (batch * world_size))):
+            images = next(batches)
+            loss = objective(self._network, images.x0, images.labels, images.position, dtype=self._dtype)
+            sums += _masked_sums(loss, images.position < count)
+        total, unweighted, seen = self._processes.sum(sums).tolist()
+        return {"held_out_loss": total / seen, "held_out_mse": unweighted / seen}
+
+    def draw(self, path: Path) -> bool:
+        """Writes a grid of samples (rank 0), every rank making its share. A collective. False where they cannot be shown."""
+        if self._decode is None or self._network is None:
+            return False
+        sampling = self._config.sampling
+        batch = -(-sampling.count // self._processes.world_size)
+        drawn = [
+            (samples.number.numpy(), to_uint8(self._decode(samples.x0)))
+            for samples in self._generator().generate(sampling.count, batch, rank=self._processes.rank, world_size=self._processes.world_size)
+        ]
+        shares = [share for shares in self._processes.gather_to_main(drawn) for share in shares]
+        if shares:
+            numbers, images = (np.concatenate([share[i] for share in shares]) for i in range(2))
+            save_grid(path, images[np.argsort(numbers)])
+        return True
+
+    def _generator(self) -> Generator:
+        config, model = self._config, self._config.model
+        channels, size, num_classes = model.geometry()
+        assert self._network is not None
+        return Generator(
+            self._network,
+            config.diffusion.schedule,
+            config.diffusion.prediction,
+            Heun(steps=config.sampling.steps),
+            (channels, size, size),
+            num_classes,
+            model.null_label,
+            config.sampling.guidance,
+            self._seed ^ SAMPLE_KEY,
+            self._dtype,
+        )
+
+
+def _masked_sums(loss: Loss, wanted: Tensor) -> Tensor:
+    """Sums of the weighted and unweighted losses over the wanted samples, and their count: [3] float64."""
+    rows = torch.stack([loss.weighted, loss.mse, torch.ones_like(loss.mse)]).double()
+    return (rows * wanted).sum(dim=1)

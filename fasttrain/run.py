@@ -1,0 +1,146 @@
+"""A run on disk: its folder, what it was made of, and what must not change between its starts.
+
+    RUN/config.yaml        the resolved config of the last start      RUN/checkpoints/   see checkpoint.py
+    RUN/environment.json   versions, devices, processes               RUN/samples/       grids drawn during training
+    RUN/data.json          the index of the training shards           RUN/tensorboard/   the reports for TensorBoard
+    RUN/metrics.jsonl      one record a report
+"""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fasttrain.config import RunConfig, load_config
+from fasttrain.data.index import Index
+from fasttrain.engine.distributed import Processes
+from fasttrain.errors import UserError
+from fasttrain.models import MODELS
+
+_PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset", "safetensors", "flash-attn", "diffusers")
+
+
+def resolve(config: RunConfig, index: Index) -> RunConfig:
+    """The config with the model's open fields filled in from the shards.
+
+    Raises:
+        UserError: the shards' shape, classes or VAE contradict the config; the message names both keys.
+    """
+    channels, height, width = index.x0_shape
+    model = config.model
+    if height != width:
+        raise UserError(f"data.train: {config.data.train} holds {height} x {width} samples; models here take square ones: prepare it with --size")
+    if model.channels not in (None, channels) or model.input_size not in (None, height):
+        raise UserError(
+            f"model.channels {model.channels} and model.input_size {model.input_size} do not fit {config.data.train}, whose samples are "
+            f"{channels} x {height} x {width}; leave both out to take them from the data, or prepare the data at that size"
+        )
+    if model.num_classes and model.num_classes < index.num_classes:
+        raise UserError(f"model.num_classes {model.num_classes} is too small for {config.data.train}, which has {index.num_classes} classes; leave it out or raise it")
+    _check_vae(config, index)
+    num_classes = index.num_classes if model.num_classes is None else model.num_classes
+    kernels = config.kernels if model.kernels == "auto" else model.kernels
+    try:
+        model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes, kernels=kernels)
+    except ValueError as error:
+        raise UserError(f"{error}; input_size comes from {config.data.train}") from None
+    return config.model_copy(update={"model": model})
+
+
+def identity(config: RunConfig, index: Index) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it, for the result to be the run's."""
+    diffusion = config.plain()["diffusion"]
+    model = {key: value for key, value in MODELS.spec(config.model).items() if key not in ("kernels", "checkpoint_blocks")}
+    return {
+        "model": model,
+        "diffusion.schedule": diffusion["schedule"],
+        "diffusion.prediction": diffusion["prediction"],
+        "data": {"labels": index.labels_xxh3, "shards": [shard.xxh3 for shard in index.shards], "held_out": config.data.held_out},
+        "seed": config.seed,
+    }
+
+
+def check_identity(mine: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+    """Refuses to continue a run with another model, target, schedule, data set or seed."""
+    for key in mine:
+        if mine[key] != saved.get(key):
+            was, now = _first_difference(saved.get(key), mine[key])
+            raise UserError(f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run")
+
+
+def write_folder(config: RunConfig, index: Index, processes: Processes) -> None:
+    """Makes the run folder and writes into it (rank 0) the resolved config, the environment, and the index of the data."""
+    folder = config.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not processes.is_main:
+            return
+        _write(folder / "data.json", index.model_dump_json(indent=1) + "\n")
+        _write(folder / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+        _write(folder / "environment.json", json.dumps(environment(processes), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"run_dir {folder}: cannot write there: {error.strerror}") from None
+
+
+def read_run(folder: Path) -> tuple[RunConfig, Index]:
+    """The resolved config of a run folder, its `run_dir` set to where the folder is now, and the index of what it trained on."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml; give the run_dir of a `fasttrain train`")
+    try:
+        index = Index.model_validate_json((folder / "data.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'data.json'} cannot be read ({error}); train the run again, or restore it") from None
+    return load_config(path, [f"run_dir={folder}"]), index
+
+
+def environment(processes: Processes) -> dict[str, Any]:
+    """What the run runs on: versions and devices; no paths, names or secrets."""
+    device = processes.device
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": processes.world_size,
+    }
+
+
+def _check_vae(config: RunConfig, index: Index) -> None:
+    wanted = config.data.vae
+    if wanted is None:
+        return
+    if index.vae is None:
+        raise UserError(f"data.vae is {wanted!r}, but {config.data.train} holds images, not latents: remove data.vae, or prepare latents")
+    if Path(wanted).name != Path(index.vae.id).name:
+        raise UserError(f"data.vae is {wanted!r}, but the latents in {config.data.train} were made with {index.vae.id!r}: name that one, or prepare them again")
+
+
+def _first_difference(saved: Any, mine: Any, path: str = "") -> tuple[str, str]:
+    if isinstance(saved, dict) and isinstance(mine, dict):
+        for key in {**saved, **mine}:
+            if saved.get(key) != mine.get(key):
+                return _first_difference(saved.get(key), mine.get(key), f"{path}.{key}" if path else f"{key}")
+    shown = [text if len(text) < 80 else text[:77] + "..." for text in (repr(saved), repr(mine))]
+    return f"{path} {shown[0]}".strip(), f"{path} {shown[1]}".strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)

@@ -1,0 +1,95 @@
+"""A trained network taken from a run: which weights, and the generator that samples from it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fasttrain.checkpoint import Manifest, read_weights
+from fasttrain.config import RunConfig
+from fasttrain.data.index import Index
+from fasttrain.engine.fragments import MASTER
+from fasttrain.engine.optimizer import ema_name
+from fasttrain.errors import UserError
+from fasttrain.run import read_run
+from fasttrain.sampling.generate import Generator
+from fasttrain.sampling.heun import Heun
+from fasttrain.trainer import build_network
+from fasttrain.visible import decoder
+
+RAW, UNTRAINED = "raw", "untrained"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The network of a run with chosen weights, in evaluation mode.
+
+    Attributes:
+        weights: what they are, in words: "ema of 1774000 images", "raw", "untrained".
+        step: optimizer steps behind them.
+    """
+
+    config: RunConfig
+    index: Index
+    network: nn.Module
+    weights: str
+    step: int
+
+    @classmethod
+    def load(cls, run_dir: Path, weights: str, device: torch.device) -> "Trained":
+        """Reads a run's newest checkpoint.
+
+        Args:
+            weights: "ema" (or "ema_1" ...), "raw", or "untrained" for the network as it was before the first step.
+
+        Raises:
+            UserError: no run, no checkpoint, a damaged one, or no such weights.
+        """
+        config, index = read_run(run_dir)
+        network = build_network(config)
+        step = 0
+        if weights != UNTRAINED:
+            folder = newest_folder(run_dir)
+            network.load_state_dict(read_weights(folder, MASTER if weights == RAW else weights), strict=False)
+            step = Manifest.read(folder).progress.step
+        return cls(config, index, network.to(device).eval(), describe(config, weights), step)
+
+    def generator(self, steps: int, guidance: float, seed: int) -> Generator:
+        """What makes samples from these weights, in fp32."""
+        device = next(self.network.parameters()).device
+        channels, size, num_classes = self.config.model.geometry()
+        d = self.config.diffusion
+        key = torch.tensor(seed, device=device)
+        return Generator(
+            self.network, d.schedule, d.prediction, Heun(steps=steps), (channels, size, size), num_classes, self.config.model.null_label, guidance, key
+        )
+
+    def decoder(self, vae: str | None) -> Callable[[Tensor], Tensor]:
+        """x0 -> images in [-1, 1]; `vae` overrides the run's data.vae.
+
+        Raises:
+            UserError: the samples are latents and nobody says which VAE decodes them.
+        """
+        data = self.config.data if vae is None else self.config.data.model_copy(update={"vae": vae})
+        decode = decoder(self.index, data, next(self.network.parameters()).device)
+        if decode is None:
+            assert self.index.vae is not None
+            raise UserError(f"the samples of {self.config.run_dir} are latents: give --vae, the hub id or folder of {self.index.vae.id!r}")
+        return decode
+
+
+def newest_folder(run_dir: Path) -> Path:
+    """The checkpoint that `latest` names."""
+    pointer = run_dir / "checkpoints" / "latest"
+    try:
+        return pointer.parent / pointer.read_text().strip()
+    except OSError:
+        raise UserError(f"{run_dir} has no checkpoint yet: let `fasttrain train` reach its first (checkpoint.every), or stop it with Ctrl-C, which saves one") from None
+
+
+def describe(config: RunConfig, weights: str) -> str:
+    """Which weights, in words that stay true when the config changes."""
+    names = {ema_name(i): f"ema of {ema.half_life:g} images" for i, ema in enumerate(config.optimizer.ema)}
+    return names.get(weights, weights)

@@ -1,0 +1,201 @@
+"""The trainer: builds a run from its config, and repeats one step until it is done or told to stop."""
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasttrain.checkpoint import Checkpoints, Progress
+from fasttrain.config import RunConfig
+from fasttrain.data.loader import held_out_loader, training_loader
+from fasttrain.data.shards import ShardSet
+from fasttrain.diffusion.objective import Objective
+from fasttrain.engine.deepspeed import build_engine, gradient_norm
+from fasttrain.engine.distributed import Processes, StopFlag
+from fasttrain.engine.fragments import TrainingState
+from fasttrain.engine.optimizer import Clock, ema_name
+from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
+from fasttrain.models.flops import TRAINING
+from fasttrain.preview import Preview
+from fasttrain.profiling import Profiler
+from fasttrain.run import check_identity, identity, resolve, write_folder
+from fasttrain.visible import decoder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Trainer:
+    """A run in progress. `config` is the run's, `processes` this process among its ranks; `fit` does everything."""
+
+    def __init__(self, config: RunConfig, processes: Processes):
+        shards = ShardSet.open(config.data.train, config.data.verify)
+        self.index = shards.index
+        self.config = config = resolve(config, shards.index)
+        self.processes = processes
+        self.micro_batch = config.training.micro_batch_of(processes.world_size)
+        self.accumulation_steps = config.training.accumulation_steps(processes.world_size)
+        self.dtype = DTYPES[config.training.precision]
+        self.seed = torch.tensor(config.seed, device=processes.device)
+        self.identity = identity(config, shards.index)
+        self.objective = build_objective(config, self.seed)
+        self.loader = training_loader(config.data, shards, self.seed)
+        held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
+        decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
+        self.preview = Preview(config, processes, held_out, decode, self.dtype)
+        self.network = build_network(config)
+        self.optimizer = config.optimizer.build(p for p in self.network.parameters() if p.requires_grad)
+        self.engine = build_engine(
+            self.network,
+            self.optimizer,
+            config.deepspeed_settings(),
+            micro_batch=self.micro_batch,
+            accumulation_steps=self.accumulation_steps,
+            precision=config.training.precision,
+            clip=config.training.clip,
+        )
+        self.state = TrainingState(self.engine, config.zero_stage, processes)
+        self.checkpoints = Checkpoints(config.run_dir, processes, config.checkpoint.keep_last)
+        self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps)
+        self.progress = Progress()
+        self.saved_step: int | None = None
+        self._reported_step = 0
+
+    def fit(self, profile_steps: int = 0) -> bool:
+        """Trains to the last step, from the newest good checkpoint on. True when done; False when stopped early by a signal, saved."""
+        config = self.config
+        write_folder(config, self.index, self.processes)
+        stop, watch = StopFlag(self.processes), Stopwatch()
+        with ExitStack() as stack:
+            reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
+            stack.callback(self.loader.close)
+            stack.enter_context(_stopped_by_signals(stop))
+            profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
+            self.resume(reporter)
+            if config.training.compile:
+                self.engine.compile()
+            self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)
+            stopped = False
+            while self.progress.step < config.training.steps and not stopped:
+                self.train_step()
+                profiler.step()
+                reporter.advance(self.progress.step)
+                stopped = stop.poll()
+                self._after_step(reporter, watch, last=stopped or self.progress.step == config.training.steps)
+            stop.close()
+            return not stopped
+
+    def train_step(self) -> None:
+        """One optimizer step: `global_batch` images forward and backward in micro-batches, then one update of weights and averages."""
+        training = self.config.training
+        next_position = self.progress.position + training.global_batch
+        rate = self.config.optimizer.rate(self.progress.step + 1, training.steps)
+        self.optimizer.begin(Clock(self.progress.updates + 1, next_position, training.global_batch), rate)
+        for _ in range(self.accumulation_steps):
+            batch = next(self.batches)
+            loss = self.objective(self.engine, batch.x0, batch.labels, batch.position, dtype=self.dtype)
+            self.engine.backward(loss.loss)
+            self.engine.step()
+            self.meters.add(loss.loss, loss.mse, loss.t)
+        applied = int(self.engine.was_step_applied())
+        self.progress = Progress(self.progress.step + 1, next_position, self.progress.updates + applied)
+
+    def resume(self, reporter: Reporter) -> None:
+        """Continues from the newest checkpoint that verifies, of any world size and ZeRO stage; starts anew where there is none."""
+        found = self.checkpoints.newest()
+        if found is None:
+            reporter.say(f"starting in {self.config.run_dir}")
+            return
+        folder, manifest, passed_over = found
+        for damaged in passed_over:
+            reporter.say(f"passed over a damaged checkpoint: {damaged}")
+        check_identity(self.identity, manifest.identity, folder)
+        self.checkpoints.load(self.state, folder, manifest)
+        self.progress = manifest.progress
+        self.saved_step = self._reported_step = self.progress.step
+        reporter.say(f"continuing from {folder.name} in {self.config.run_dir}")
+
+    def save(self) -> None:
+        """Commits a checkpoint of this step, once."""
+        if self.saved_step != self.progress.step:
+            self.checkpoints.save(self.state, self.progress, self.identity, self.config.zero_stage)
+            self.saved_step = self.progress.step
+
+    def _after_step(self, reporter: Reporter, watch: Stopwatch, last: bool) -> None:
+        step, config = self.progress.step, self.config
+        if last or step % config.log.every == 0:
+            reporter.report(self._record(watch))
+        with watch.pause():
+            if last or step % config.checkpoint.every == 0:
+                self.save()
+            held_out = config.log.held_out_every and (last or step % config.log.held_out_every == 0)
+            grid = config.sampling.every and (last or step % config.sampling.every == 0)
+            if held_out or grid:
+                self._look(reporter, bool(held_out), bool(grid))
+
+    def _look(self, reporter: Reporter, held_out: bool, grid: bool) -> None:
+        self.preview.load(self.state.full(ema_name(0)))
+        if held_out:
+            losses = self.preview.held_out_loss(self.micro_batch)
+            reporter.say(f"held-out loss {losses['held_out_loss']:.4f}, unweighted {losses['held_out_mse']:.4f}")
+            reporter.write({"step": self.progress.step, "position": self.progress.position, **losses})
+        if grid:
+            path = self.config.run_dir / "samples" / f"step-{self.progress.step:08d}.png"
+            if self.preview.draw(path):
+                reporter.say(f"samples drawn to {path}")
+
+    def _record(self, watch: Stopwatch) -> dict[str, Any]:
+        """What the run tells at a log interval; the only place where our code waits for the device."""
+        sums = self.meters.reduce()
+        steps = self.progress.step - self._reported_step
+        self._reported_step = self.progress.step
+        seconds = watch.lap()
+        images_per_second = steps * self.config.training.global_batch / seconds
+        peak = peak_flops(self.processes.device)
+        flops = images_per_second * self.config.model.flops_per_image() * TRAINING / self.processes.world_size
+        return {
+            **dataclasses.asdict(self.progress),
+            **sums,
+            "grad_norm": gradient_norm(self.engine),
+            "learning_rate": self.config.optimizer.rate(self.progress.step, self.config.training.steps),
+            "skipped": self.progress.step - self.progress.updates,
+            "images_per_second": images_per_second,
+            "mfu": flops / peak if peak else None,
+            "seconds_left": (self.config.training.steps - self.progress.step) * seconds / max(steps, 1),
+        }
+
+
+def build_network(config: RunConfig) -> nn.Module:
+    """The run's network with its initial weights, the same on every rank: a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return config.model.build()
+
+
+def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
+    """The training objective; label dropout is off for a model without classes."""
+    d = config.diffusion
+    null_label = config.model.null_label
+    return Objective(
+        d.schedule, d.prediction, d.weighting, d.timesteps, label_drop=d.label_drop if null_label else 0.0, null_label=null_label, seed=seed, impl=config.kernels
+    )
+
+
+@contextmanager
+def _stopped_by_signals(stop: StopFlag) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second Ctrl-C ends the process at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.request()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
