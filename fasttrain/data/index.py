@@ -21,6 +21,8 @@ from fasttrain.errors import UserError
 FORMAT = 1
 INDEX_FILE = "index.json"
 LABELS_FILE = "labels.npy"
+# What numpy writes before the arrays of this project: magic, version, a dictionary, padded to 64.
+NPY_HEADER = 128
 DIGEST = r"^[0-9a-f]{32}$"
 _CHUNK = 1 << 24
 
@@ -97,7 +99,7 @@ class Index(_Strict):
         self._check_kind()
         for shard in self.shards:
             last = shard.offset + (shard.samples - 1) * shard.stride + self.sample_bytes
-            if shard.samples and (last > shard.bytes or shard.stride < self.sample_bytes):
+            if shard.samples and (shard.offset < NPY_HEADER or last > shard.bytes or shard.stride < self.sample_bytes):
                 raise ValueError(f"{shard.file}: its samples do not lie inside its {shard.bytes} bytes")
         return self
 

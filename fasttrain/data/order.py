@@ -12,6 +12,7 @@ but the seed: not on ranks, micro-batches, threads or restarts.
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -79,10 +80,9 @@ class Order:
         window, row = np.divmod(place, self.window)
         order = np.lexsort((window, stream, epoch))
         key = np.stack([epoch, stream, window])[:, order]
-        changed = np.concatenate([[True], np.any(key[:, 1:] != key[:, :-1], axis=0)]) if len(order) else np.empty(0, bool)
-        starts = np.flatnonzero(changed)
+        starts = np.flatnonzero(np.any(np.diff(key, prepend=-1), axis=0))
         ids = np.empty_like(p)
-        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+        for start, stop in pairwise([*starts, len(order)]):
             group = order[start:stop]
             ids[group] = self._shuffled(*key[:, start].tolist())[row[group]]
         return ids

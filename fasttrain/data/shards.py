@@ -2,19 +2,26 @@
 
 import mmap
 import threading
+from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
-from fasttrain.data.index import LABELS_FILE, Index, Shard, digest, read_index
+from fasttrain.data.index import LABELS_FILE, NPY_HEADER, Index, Shard, digest, read_index
 from fasttrain.errors import UserError
+
+_REMEDY = "restore the file, or run the same `fasttrain prepare` command again: it makes only what is missing or damaged"
 
 
 def array_view(path: Path, shard: Shard, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """A shard's samples as one read-only array [samples, *shape] over the mapped file; nothing is read yet."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if shard.samples:
+            file.seek(shard.offset - NPY_HEADER)
+            _check_header(path, file, shape, dtype)
     inner = np.empty(shape, dtype).strides
     return np.ndarray((shard.samples, *shape), dtype, mapped, shard.offset, (shard.stride, *inner))
 
@@ -23,6 +30,17 @@ def mapped_digest(path: Path) -> str:
     """xxh3 of a file through a mapping: the pages it warms are the ones that the samples are then read from."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return xxhash.xxh3_128(mapped).hexdigest()
+
+
+def _check_header(path: Path, file: BinaryIO, shape: tuple[int, ...], dtype: str) -> None:
+    """The first sample's own npy header must agree with the index: an index of another set would give plausible noise."""
+    try:
+        np.lib.format.read_magic(file)
+        found = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        raise UserError(f"{path}: no array where the index says; {_REMEDY}") from None
+    if found != (shape, False, np.dtype(dtype)):
+        raise UserError(f"{path}: holds {found[2]} {list(found[0])} where the index says {dtype} {list(shape)}; {_REMEDY}")
 
 
 class ShardSet:
@@ -81,7 +99,7 @@ class ShardSet:
         rows = ids - self._first[number]
         by_shard = np.argsort(number, kind="stable")
         starts = np.flatnonzero(np.diff(number[by_shard], prepend=-1))
-        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for start, stop in pairwise([*starts, len(ids)]):
             places = by_shard[start:stop]
             # view[rows], never np.take: take copies the whole strided view first.
             out[places] = self._view(int(number[places[0]]))[rows[places]]
@@ -102,9 +120,6 @@ class ShardSet:
         if self._verify and mapped_digest(path) != shard.xxh3:
             raise UserError(f"{path}: its content is not what was prepared (xxh3 differs); {_REMEDY}")
         return array_view(path, shard, self.index.shape, self.index.dtype)
-
-
-_REMEDY = "restore the file, or run the same `fasttrain prepare` command again: it makes only what is missing or damaged"
 
 
 def _check_size(path: Path, size: int) -> None:

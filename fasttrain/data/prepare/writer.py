@@ -15,14 +15,13 @@ import numpy as np
 import webdataset
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fasttrain.data.index import Shard, digest
+from fasttrain.data.index import NPY_HEADER, Shard, digest
 from fasttrain.data.prepare.pixels import Unreadable
 from fasttrain.errors import UserError
 
 RECEIPTS = "receipts"
 TEMPORARY = ".tmp"
 BLOCK = 512
-NPY_HEADER = 128
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

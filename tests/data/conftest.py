@@ -1,0 +1,58 @@
+"""Sets of shards and sources of images that the data tests share."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasttrain.data.prepare.digits import prepare_digits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its name."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def prepared_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("digits") / "set"
+    prepare_digits(out)
+    return out
+
+
+@pytest.fixture
+def digits(prepared_digits: Path, tmp_path: Path) -> Path:
+    """A copy of the digits, to be damaged."""
+    return Path(shutil.copytree(prepared_digits, tmp_path / "digits"))
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """203 small photographs of noise in three class folders, of many sizes."""
+    root = tmp_path_factory.mktemp("source") / "photos"
+    rng = np.random.default_rng(0)
+    for number in range(203):
+        folder = root / ("cat", "dog", "owl")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = rng.integers(20, 90, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a tree of two classes with a few PNGs each."""
+
+    def make(each: int) -> Path:
+        rng = np.random.default_rng(1)
+        for name in ("a", "b"):
+            (tmp_path / "tree" / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "tree" / name / f"{number}.png")
+        return tmp_path / "tree"
+
+    return make
