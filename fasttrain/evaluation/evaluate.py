@@ -28,8 +28,8 @@ def evaluate(samples: Iterable[Images], reference: Iterable[Images], features: F
     return Score(
         frechet_distance=frechet_distance(ours, theirs),
         features=FEATURES.spec(features),
-        samples=ours.count,
-        reference_samples=theirs.count,
+        samples=ours.vectors,
+        reference_samples=theirs.vectors,
         protocol=protocol,
     )
 

@@ -11,7 +11,7 @@ class Gaussian(NamedTuple):
 
     mean: Tensor  # [D] float64
     cov: Tensor  # [D, D] float64, divisor n - 1
-    count: int
+    vectors: int  # how many there were
 
 
 class Moments:

@@ -89,8 +89,7 @@ def edm_grid(schedule: Schedule, steps: int, sigma_max: float = 80.0, rho: float
     smallest, largest = schedule.edm_limits
     if sigma_max < smallest:
         raise UserError(f"sampler.sigma_max {sigma_max} lies below the schedule's smallest sigma {smallest:.4g}: raise it (80 is usual)")
-    ends = [min(largest, sigma_max) ** (1 / rho), smallest ** (1 / rho)]
-    ideal = torch.linspace(*ends, steps, dtype=torch.float64) ** rho
+    ideal = torch.linspace(min(largest, sigma_max) ** (1 / rho), smallest ** (1 / rho), steps, dtype=torch.float64) ** rho
     t = torch.unique_consecutive(schedule.nearest(ideal))
     alpha, sigma = schedule.alpha_sigma(t)
     return t, sigma / alpha

@@ -29,7 +29,7 @@ def test_streamed_moments_equal_those_of_the_whole(batch: int) -> None:
     # A mean a million deviations off: a sum of squares would lose every digit.
     rows = normal(500, 6) + 1e6
     got = moments_of(rows, batch)
-    assert got.count == 500
+    assert got.vectors == 500
     torch.testing.assert_close(got.mean, rows.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(got.cov, torch.from_numpy(np.cov(rows.numpy().T)), rtol=0, atol=1e-9)
 
