@@ -1,0 +1,22 @@
+"""What many tests share: prepared digits, made once a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.cli import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Two cores run several tests at once: more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits as shards, prepared by the real command."""
+    out = tmp_path_factory.mktemp("digits") / "shards"
+    assert main(["prepare", "digits", str(out)]) == 0
+    return out
