@@ -22,6 +22,8 @@ class Case:
     call: Callable[..., Any]
     inputs: Callable[[tuple[int, ...], torch.dtype, torch.device], Inputs]
     differentiable: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Small shapes of the first input: odd sizes, one element, several blocks, and none at all."""
     options: tuple[dict[str, Any], ...] = ({},)
     """Settings worth testing, each a set of keyword arguments."""
 
@@ -62,8 +64,11 @@ def adaln_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     return {"x": x.to(dtype), "scale": _randn(rows, dtype, device, 1), "shift": _randn(rows, dtype, device, 2)}
 
 
+_SAMPLES = ((3, 4, 8, 8), (2, 3, 7, 5), (1, 1, 1, 1), (3, 1025), (2, 4, 32, 32), (0, 4, 8, 8))
+_TOKENS = ((3, 5, 384), (2, 4, 768), (2, 3, 1152), (9, 3, 33), (1, 1, 1), (2, 17, 100), (0, 3, 8), (2, 0, 8))
+
 CASES = {
-    "noising": Case(noising_reference, noising, noising_inputs, ("x0",)),
-    "weighted_mse": Case(weighted_mse_reference, weighted_mse, weighted_mse_inputs, ("pred",)),
-    "adaln": Case(adaln_reference, adaln, adaln_inputs, ("x", "scale", "shift"), ({"norm": "layer"}, {"norm": "rms"})),
+    "noising": Case(noising_reference, noising, noising_inputs, ("x0",), _SAMPLES),
+    "weighted_mse": Case(weighted_mse_reference, weighted_mse, weighted_mse_inputs, ("pred",), _SAMPLES),
+    "adaln": Case(adaln_reference, adaln, adaln_inputs, ("x", "scale", "shift"), _TOKENS, ({"norm": "layer"}, {"norm": "rms"})),
 }

@@ -97,7 +97,7 @@ def normal(seed: Tensor | int, position: Tensor, shape: Sequence[int], purpose: 
     index = torch.arange((size + 3) // 4, device=position.device)
     r0, r1, r2, r3 = philox(seed, index, purpose, position[:, None])
     values = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1)
-    return values.flatten(1)[:, :size].reshape(-1, *shape)
+    return values.flatten(1)[:, :size].reshape(position.shape[0], *shape)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,58 @@
+"""Which implementation runs, and that its absence is survived and said."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fasttrain_kernels import dispatch
+from fasttrain_kernels.cases import CASES
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fasttrain_kernels import adaln, dispatch, noising, weighted_mse
+assert set(dispatch.status().values()) == {"reference (Triton is not installed)"}
+x, row = torch.randn(1, 2, 4), torch.zeros(1, 4)
+assert adaln.adaln(x, row, row).shape == x.shape
+try:
+    adaln.adaln(x, row, row, impl="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_every_operation_has_a_status() -> None:
+    status = dispatch.status()
+    assert list(status) == list(CASES)
+    expected = "triton" if torch.cuda.is_available() else "reference (no CUDA device)"
+    assert all(told.startswith(expected) for told in status.values())
+
+
+def test_auto_follows_the_tensors() -> None:
+    assert dispatch.choose("auto", torch.zeros(1)) == "reference"
+    assert dispatch.choose("reference", torch.zeros(1)) == "reference"
+
+
+@pytest.mark.gpu
+def test_auto_takes_triton_on_the_gpu_and_leaves_float64_to_the_reference() -> None:
+    assert dispatch.choose("auto", torch.zeros(1, device="cuda")) == "triton"
+    assert dispatch.choose("auto", torch.zeros(1, device="cuda"), torch.zeros(1)) == "reference"
+    assert dispatch.choose("auto", torch.zeros(1, device="cuda", dtype=torch.float64)) == "reference"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_float64_is_refused_by_the_kernels(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="float64"):
+        dispatch.choose("triton", torch.zeros(1, dtype=torch.float64, device=device))
+
+
+def test_an_unknown_name_lists_the_choices() -> None:
+    with pytest.raises(ValueError, match="unknown impl 'cuda'; known: auto, triton, reference"):
+        dispatch.choose("cuda")
+
+
+def test_without_triton_everything_imports_and_the_references_run() -> None:
+    told = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True, timeout=120)
+    assert "Triton is not installed" in told.stdout
