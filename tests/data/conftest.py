@@ -31,7 +31,7 @@ def digits(prepared_digits: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """203 small photographs of noise in three class folders, of many sizes."""
+    """203 small photographs of noise in three class folders, of many sizes, and two files that are none."""
     root = tmp_path_factory.mktemp("source") / "photos"
     rng = np.random.default_rng(0)
     for number in range(203):
@@ -39,6 +39,8 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         height, width = rng.integers(20, 90, 2)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
+    (root / "cat" / "notes.txt").write_text("no image")
+    (root / "owl" / "void.jpg").touch()
     return root
 
 

@@ -82,9 +82,10 @@ def open_source(source: Path, out: Path) -> Iterator[Listing]:
     try:
         yield _list(source, scratch)
     finally:
-        scratch.unlink(missing_ok=True)
-        if fresh and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        if out.is_dir():
+            scratch.unlink(missing_ok=True)
+            if fresh and not any(out.iterdir()):
+                out.rmdir()
 
 
 def _list(source: Path, scratch: Path) -> Listing:
@@ -148,10 +149,8 @@ def _unpacked(source: Path, scratch: Path) -> Path:
         scratch.parent.mkdir(parents=True, exist_ok=True)
         with opener(source) as packed, scratch.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # gzip's and bz2's own have none
+            raise UserError(f"{scratch}: cannot unpack {source.name} there ({error.strerror}); free some space, or unpack it") from None
         raise UserError(f"{source}: not a readable compressed tar ({error}); restore the file") from None
-    except OSError as error:
-        raise UserError(
-            f"{scratch}: cannot unpack {source.name} there ({error.strerror or error}); free some space, or unpack it"
-        ) from None
     return scratch

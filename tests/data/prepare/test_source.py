@@ -1,0 +1,121 @@
+"""Trees and tars of class folders list alike, wherever they lie."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from fasttrain.data.prepare.pixels import Unreadable
+from fasttrain.data.prepare.source import open_source, read_entry
+from fasttrain.errors import UserError
+
+FILES = {"cat/2.jpg": b"two", "cat/1.jpg": b"one", "dog/deep/3.png": b"three", "README": b"no sample", "dog/.DS_Store": b"hidden"}
+
+
+def write_tree(root: Path) -> Path:
+    for name, content in FILES.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def write_tar(path: Path, prefix: str = "", mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in FILES.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(params=["tree", "tar", "rooted tar", "gz", "xz", "bz2"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    kind = request.param
+    if kind == "tree":
+        return write_tree(tmp_path / "photos")
+    if kind in ("tar", "rooted tar"):
+        return write_tar(tmp_path / "photos.tar", "./" if kind == "tar" else "some/root/")
+    return write_tar(tmp_path / f"photos.tar.{kind}", "root/", f"w:{kind}")
+
+
+def test_every_form_lists_the_same_samples(source: Path, tmp_path: Path):
+    with open_source(source, tmp_path / "out") as listing:
+        assert listing.classes == ("cat", "dog")
+        assert [(e.name, e.label) for e in listing.entries] == [("cat/1.jpg", 0), ("cat/2.jpg", 0), ("dog/deep/3.png", 1)]
+        assert [read_entry(listing.path, e) for e in listing.entries] == [b"one", b"two", b"three"]
+        assert listing.xxh3 == xxhash.xxh3_128_hexdigest(b"cat/1.jpg\0003\ncat/2.jpg\0003\ndog/deep/3.png\0005\n")
+        assert listing.name == source.name
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tar_of_one_class_keeps_it(tmp_path: Path):
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for name in ("cat/1.jpg", "cat/2.jpg"):
+            tar.addfile(tarfile.TarInfo(name))
+    with open_source(tmp_path / "one.tar", tmp_path / "out") as listing:
+        assert listing.classes == ("cat",)
+
+
+def test_links_are_listed_as_unreadable(tmp_path: Path):
+    tree = write_tree(tmp_path / "photos")
+    (tree / "cat" / "gone.jpg").symlink_to("nowhere")
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        for name in ("cat/passwd", "dog/fifo"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.SYMTYPE, "/etc/passwd") if "cat" in name else (tarfile.FIFOTYPE, "")
+            tar.addfile(member)
+    for source, count in [(tree, 1), (tmp_path / "linked.tar", 2)]:
+        with open_source(source, tmp_path / "out") as listing:
+            refused = [entry for entry in listing.entries if entry.offset < 0]
+            assert len(refused) == count
+            with pytest.raises(Unreadable, match="a link or a special file"):
+                read_entry(listing.path, refused[0])
+
+
+def test_a_file_that_shrank_is_unreadable(tmp_path: Path):
+    tree = write_tree(tmp_path / "photos")
+    with open_source(tree, tmp_path / "out") as listing:
+        (tree / "cat/1.jpg").write_bytes(b"o")
+        with pytest.raises(Unreadable, match="1 of its 3 bytes"):
+            read_entry(listing.path, listing.entries[0])
+
+
+def test_a_missing_source(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder or tar"), open_source(tmp_path / "nowhere", tmp_path / "out"):
+        pass
+
+
+def test_an_empty_source(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with (
+        pytest.raises(UserError, match=r"empty: no class folders .*expected empty/<class>"),
+        open_source(tmp_path / "empty", tmp_path / "out"),
+    ):
+        pass
+
+
+def test_a_source_without_class_folders(tmp_path: Path):
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "1.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"flat: no class folders"), open_source(tmp_path / "flat", tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["noise.tar", "noise.tar.xz", "noise.tar.gz", "noise.tar.bz2"])
+def test_what_is_not_a_tar(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(os.urandom(4000))
+    with pytest.raises(UserError, match=rf"{name}: not a readable"), open_source(tmp_path / name, tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_compressed_tar_cut_short(tmp_path: Path):
+    path = write_tar(tmp_path / "photos.tar.xz", mode="w:xz")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"photos\.tar\.xz: not a readable compressed tar"), open_source(path, tmp_path / "out"):
+        pass
+    assert not (tmp_path / "out").exists()
