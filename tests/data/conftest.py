@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fasttrain.data.prepare.digits import prepare_digits
@@ -58,3 +59,21 @@ def small_tree(tmp_path: Path) -> Callable[[int], Path]:
         return tmp_path / "tree"
 
     return make
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small AutoencoderKL with random weights: 2 pixels a latent, 4 channels."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'fasttrain[latents]'")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    folder = tmp_path_factory.mktemp("vae") / "tiny-vae"
+    model.save_pretrained(folder)
+    return folder
