@@ -14,6 +14,9 @@ from torch import Tensor
 
 Images = NDArray[np.uint8]  # [n, H, W, C], C = 1 (grey) or 3 (RGB)
 
+# Between the tiles of a grid, in pixels and as a grey: dark or bright images would run into one another without it.
+GAP, GROUND = 4, 96
+
 
 def to_uint8(x0: Tensor) -> Images:
     """Pixels in [-1, 1] as bytes: round((x + 1) 127.5), clipped to [0, 255]; the inverse of x = byte / 127.5 - 1.
@@ -34,7 +37,7 @@ def to_uint8(x0: Tensor) -> Images:
 
 
 def tile(images: Images, columns: int | None = None, min_side: int = 64) -> Images:
-    """One picture of all images in rows, each pixel enlarged until a tile measures at least `min_side`.
+    """One picture of all images in rows, each enlarged until it measures at least `min_side`, on a grey ground.
 
     Args:
         images: [n, H, W, C] uint8.
@@ -42,16 +45,18 @@ def tile(images: Images, columns: int | None = None, min_side: int = 64) -> Imag
         min_side: in pixels; nearest-neighbour enlargement, so that 8 x 8 digits can be seen.
 
     Returns:
-        [H', W', C] uint8; a last incomplete row is filled with black.
+        [H', W', C] uint8.
     """
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    blank = np.zeros((rows * columns - count, height, width, channels), np.uint8)
-    tiles = np.concatenate([images, blank]).reshape(rows, columns, height, width, channels)
-    picture = tiles.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
     enlarge = math.ceil(min_side / min(height, width))
-    return picture.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    down, across = height * enlarge + GAP, width * enlarge + GAP
+    picture = np.full((rows * down + GAP, columns * across + GAP, channels), GROUND, np.uint8)
+    for i, image in enumerate(images.repeat(enlarge, axis=1).repeat(enlarge, axis=2)):
+        top, left = i // columns * down + GAP, i % columns * across + GAP
+        picture[top : top + height * enlarge, left : left + width * enlarge] = image
+    return picture
 
 
 def save_grid(path: Path, images: Images, columns: int | None = None, min_side: int = 64) -> None:

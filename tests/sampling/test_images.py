@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain.sampling.images import save_grid, save_npz, save_pngs, tile, to_uint8, write_atomically
+from fasttrain.sampling.images import GROUND, save_grid, save_npz, save_pngs, tile, to_uint8, write_atomically
 
 
 def digits(count: int, channels: int = 1) -> np.ndarray:
@@ -32,19 +32,20 @@ def test_latents_are_not_images() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_tile_places_enlarges_and_fills(channels: int) -> None:
+def test_tile_places_enlarges_and_separates(channels: int) -> None:
     images = digits(5, channels)
     picture = tile(images, columns=3, min_side=16)
-    assert picture.shape == (2 * 16, 3 * 16, channels)
+    assert picture.shape == (2 * 20 + 4, 3 * 20 + 4, channels)
     for i in range(5):
         row, column = divmod(i, 3)
-        block = picture[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+        block = picture[row * 20 + 4 : row * 20 + 20, column * 20 + 4 : column * 20 + 20]
         assert np.array_equal(block, images[i].repeat(2, axis=0).repeat(2, axis=1))
-    assert not picture[16:, 32:].any()
+        block[:] = GROUND
+    assert (picture == GROUND).all()
 
 
 def test_large_images_are_not_enlarged() -> None:
-    assert tile(np.zeros((4, 80, 64, 3), np.uint8)).shape == (160, 128, 3)
+    assert tile(np.zeros((4, 80, 64, 3), np.uint8)).shape == (2 * 84 + 4, 2 * 68 + 4, 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -53,7 +54,7 @@ def test_files_read_back(tmp_path: Path, channels: int) -> None:
     save_grid(tmp_path / "made" / "grid.png", images)
     save_pngs(tmp_path / "png", [4, 5, 6], images)
     save_npz(tmp_path / "samples.npz", images, np.array([1, 2, 0]))
-    grid = np.asarray(Image.open(tmp_path / "made" / "grid.png")).reshape(128, 128, channels)
+    grid = np.asarray(Image.open(tmp_path / "made" / "grid.png")).reshape(140, 140, channels)
     assert np.array_equal(grid, tile(images))
     single = np.asarray(Image.open(tmp_path / "png" / "000005.png")).reshape(8, 8, channels)
     assert np.array_equal(single, images[1])
