@@ -6,6 +6,7 @@ their size is part of the plan.
 """
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -157,11 +158,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=available_cores(), help="threads that read images (%(default)s, one a core)")
 
 
-def run(args: argparse.Namespace, rank: int = 0, world_size: int = 1, device: torch.device | str | None = None) -> None:
-    """Carries out `fasttrain prepare latents` as one rank of a launcher, on its device (the first GPU, or the CPU)."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = Vae.load(args.vae, args.vae_revision, device)
+def run(args: argparse.Namespace) -> None:
+    """Carries out `fasttrain prepare latents`, by itself or as one process of a launcher (RANK, WORLD_SIZE, LOCAL_RANK)."""
+    rank, world_size, local_rank = (int(os.environ.get(name, alone)) for name, alone in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+    vae = Vae.load(args.vae, args.vae_revision, f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     prepared = prepare_latents(
         args.source, args.out, vae, args.size, args.batch, args.dtype, args.shard_size, args.workers, rank, world_size
     )

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _LOOK_SECONDS = 0.5
-_LINE_SECONDS = 10.0
 
 
 class FolderProgress:
     """A bar on a terminal, a plain line now and then elsewhere; `done()` tells how many samples are written."""
 
-    def __init__(self, what: str, total: int, done: Callable[[], int]):
+    def __init__(self, what: str, total: int, done: Callable[[], int], line_seconds: float = 10.0):
         self._what = what
         self._total = total
         self._done = done
+        self._line_seconds = line_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._bar if sys.stderr.isatty() else self._lines, daemon=True)
 
@@ -46,7 +46,7 @@ class FolderProgress:
 
     def _lines(self) -> None:
         start, already = time.monotonic(), self._done()
-        while not self._stop.wait(_LINE_SECONDS):
+        while not self._stop.wait(self._line_seconds):
             done = self._done()
             rate = (done - already) / (time.monotonic() - start)
             left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"

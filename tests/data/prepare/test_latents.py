@@ -81,23 +81,23 @@ def test_the_recorded_scale_normalises_sampled_latents(prepared: Path):
     torch.testing.assert_close(x0.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
 
 
-RANK_1 = """
-import sys
-from pathlib import Path
-import torch
-from fasttrain.data.prepare.latents import prepare_latents
-from fasttrain.data.vae import Vae
+OPTIONS = ["--size", "16", "--batch", "8", "--shard-size", "40"]
+COMMAND = """
+import argparse, sys, torch
+from fasttrain.data.prepare import latents
 torch.set_num_threads(1)
-source, out, vae = sys.argv[1:]
-assert prepare_latents(Path(source), Path(out), Vae.load(vae), size=16, batch=8, shard_size=40, rank=1, world_size=2) is None
+parser = argparse.ArgumentParser()
+latents.add_arguments(parser)
+latents.run(parser.parse_args(sys.argv[1:]))
 """
 
 
 def test_two_processes_write_the_bytes_of_one(image_tree: Path, vae_folder: Path, prepared: Path, tmp_path: Path):
     out = tmp_path / "set"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-c", RANK_1, str(image_tree), str(out), str(vae_folder)]
-    other = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    command = [sys.executable, "-c", COMMAND, str(image_tree), str(out), "--vae", str(vae_folder), *OPTIONS]
+    launched = {"PYTHONPATH": path, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    other = subprocess.Popen(command, env={**os.environ, **launched})
     prepare_latents(image_tree, out, Vae.load(str(vae_folder)), size=16, batch=8, shard_size=40, threads=3, rank=0, world_size=2)
     assert other.wait(timeout=60) == 0
     assert contents(out) == contents(prepared)
@@ -141,6 +141,5 @@ def test_latents_that_are_not_finite_are_refused(image_tree: Path, vae_folder: P
 def test_the_command(image_tree: Path, vae_folder: Path, prepared: Path, capsys: pytest.CaptureFixture[str]):
     parser = argparse.ArgumentParser()
     latents.add_arguments(parser)
-    options = ["--vae", str(vae_folder), "--size", "16", "--batch", "8", "--shard-size", "40"]
-    latents.run(parser.parse_args([str(image_tree), str(prepared), *options]), device="cpu")
+    latents.run(parser.parse_args([str(image_tree), str(prepared), "--vae", str(vae_folder), *OPTIONS]))
     assert "203 samples of 2x2x4x8x8, 3 classes, 6 shards (nothing left to do: all shards verified)" in capsys.readouterr().out

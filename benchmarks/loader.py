@@ -1,0 +1,158 @@
+"""Samples a second on one core: this loader beside webdataset's own decode pipeline, on the same shards, in one run.
+
+    python -m benchmarks.loader [--rounds 7] [--seconds 2]
+
+Shards of 8 KiB latents are written to a scratch folder by fasttrain's own writer, digests are compared once before the clock starts, and
+the page cache is warm. The arms take turns, so that whatever else the machine does falls on both. Both give stacked batches of 256,
+shuffled: ours over the whole set, webdataset's over a buffer of 1,000 that is full before the clock starts.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from rich.console import Console
+from rich.table import Table
+
+from fasttrain.data.index import Source, VaeRecord
+from fasttrain.data.loader import Loader
+from fasttrain.data.order import Order
+from fasttrain.data.prepare.assembly import prepare_set
+from fasttrain.data.prepare.plan import Plan
+from fasttrain.data.prepare.writer import Made
+from fasttrain.data.shards import ShardSet
+
+SHAPE = (2, 2, 4, 16, 16)  # fp16: 8 KiB
+SAMPLES = 16_384
+SHARD_SIZE = 2_048
+BATCH = 256
+RESULT = Path(__file__).parent / "results" / "cpu" / "loader.json"
+
+
+def write_shards(out: Path) -> ShardSet:
+    """Latents of noise, one set for both arms."""
+
+    def noise(entries: Sequence[int]) -> Iterator[Made]:
+        rng = np.random.default_rng(entries[0])
+        for entry in entries:
+            yield Made(str(entry), (rng.standard_normal(SHAPE, np.float32).astype(np.float16), entry % 1000))
+
+    plan = Plan(
+        kind="latent",
+        shape=SHAPE,
+        dtype="float16",
+        classes=tuple(map(str, range(1000))),
+        source=Source(name="noise", xxh3="0" * 32),
+        entries=range(SAMPLES),
+        shard_size=SHARD_SIZE,
+        vae=VaeRecord(id="none", scaling_factor=1.0),
+    )
+    prepare_set(out, plan, noise, lambda folder, receipts: {"latent_shift": (0.0,) * 4, "latent_scale": (1.0,) * 4})
+    shards = ShardSet.open(out)
+    shards.gather(np.arange(0, SAMPLES, SHARD_SIZE // 2))
+    return shards
+
+
+def our_batches(shards: ShardSet) -> Iterator[object]:
+    """Order, gather and tensors, in this thread; the transform belongs to the GPU and is left out, as in the other arm."""
+    order = Order(SAMPLES, shards.index.shard_samples, seed=0)
+    return Loader(shards, order, lambda stored, position: stored, threads=0).batches(0, BATCH)
+
+
+def webdataset_batches(shards: ShardSet) -> Iterator[object]:
+    """webdataset as its documentation shows it: shuffle, decode, to_tuple, batched."""
+    urls = [str(shards.folder / shard.file) for shard in shards.index.shards]
+    while True:
+        yield from webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("npy", "cls").batched(BATCH)
+
+
+def measure(batches: Iterator[object], seconds: float) -> float:
+    """Samples a second over a stretch of at least `seconds`."""
+    start, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        next(batches)
+        count += BATCH
+    return count / passed
+
+
+def check_parity(shards: ShardSet) -> None:
+    """Both arms give the same samples, or neither has a speed."""
+    urls = [str(shards.folder / shard.file) for shard in shards.index.shards[:1]]
+    theirs = itertools.islice(webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("npy", "cls"), 100)
+    arrays, labels = shards.gather(np.arange(100))
+    for (array, label), ours, our_label in zip(theirs, arrays, labels, strict=True):
+        if label != our_label or not np.array_equal(array, ours):
+            raise SystemExit("the two arms read different samples")
+
+
+def environment() -> dict[str, str | int]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"device": "cpu", "cpu": cpu, "cores_used": 1, **versions, "webdataset": webdataset.__version__}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range of the rounds."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def main() -> None:
+    """Measures, prints the table and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each arm in each round")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder) / "set")
+        check_parity(shards)
+        arms = {"fasttrain": our_batches(shards), "webdataset": webdataset_batches(shards)}
+        for batches in arms.values():
+            next(batches)
+        rounds = [{name: measure(batches, args.seconds) for name, batches in arms.items()} for _ in range(args.rounds)]
+    report(rounds, args.seconds)
+
+
+def report(rounds: Sequence[dict[str, float]], seconds: float) -> None:
+    """The table on the screen, and the same figures as JSON."""
+    rates = {name: spread([each[name] for each in rounds]) for name in rounds[0]}
+    ratio = spread([each["fasttrain"] / each["webdataset"] for each in rounds])
+    table = Table(title=f"one core, 8 KiB samples, batches of {BATCH}: median (min to max) of {len(rounds)} alternating rounds")
+    for column in ("", "samples/s", "GB/s"):
+        table.add_column(column, justify="right")
+    sample_bytes = int(np.prod(SHAPE)) * 2
+    for name, rate in rates.items():
+        told = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
+        table.add_row(name, told, f"{rate['median'] * sample_bytes / 1e9:.2f}")
+    table.add_row("ratio", f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})", "")
+    Console().print(table)
+    result = {
+        "benchmark": "loader",
+        "environment": environment(),
+        "settings": {"samples": SAMPLES, "sample_bytes": sample_bytes, "batch": BATCH, "rounds": len(rounds), "seconds": seconds},
+        "samples_per_second": rates,
+        "ratio": ratio,
+        "rounds": list(rounds),
+    }
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
