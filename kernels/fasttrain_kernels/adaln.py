@@ -201,9 +201,9 @@ def _adaln_backward_op(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd:
 
 @_adaln_backward_op.register_fake
 def _(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    like_scale = {"dtype": scale.dtype, "device": x.device}
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, torch.empty(scale.shape, **like_scale), torch.empty(scale.shape, **like_scale)
+    dscale = torch.empty(scale.shape, dtype=scale.dtype, device=x.device)
+    return dx, dscale, torch.empty_like(dscale)
 
 
 def _save(ctx, inputs, output) -> None:

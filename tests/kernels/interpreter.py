@@ -52,6 +52,7 @@ def interpreting() -> Iterator[list[Launch]]:
         patch.setattr(dispatch, "INTERPRETED", True)
         patch.setattr(JITFunction, "run", run)
         patch.setattr(JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs))
+        patch.setattr(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast)
         patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", lambda self, source, to, _mode: _cast(self, source, to))
         patch.setattr(interpreter.InterpreterBuilder, "binary_op", _refuse_bf16(interpreter.InterpreterBuilder.binary_op))
@@ -102,6 +103,16 @@ def _cast(self: Any, source: interpreter.TensorHandle, to: tl.dtype) -> interpre
         rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).to(torch.bfloat16)
         return interpreter.TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), after)
     return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(after)), after)
+
+
+def _with_index(patch_tensor: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton 3.6 makes loop bounds with int(array of one element), which numpy 2.4 no longer takes."""
+
+    def patched(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
 
 
 def _refuse_bf16(binary_op: Callable[..., Any]) -> Callable[..., Any]:
