@@ -1,0 +1,55 @@
+# Everything runs in .venv, made on demand. Another interpreter that has the packages: make test PYTHON=python
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+LINTERS := .venv/linters
+endif
+FASTTRAIN := $(PYTHON) -m fasttrain
+# Two processes share two cores: more threads each would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+OUT := build/gpu
+DEMO := demo
+SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1797 --steps 18
+
+.PHONY: help demo test lint bench gpu
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
+
+demo: $(INSTALLED)  ## digits -> shards -> a trained transformer -> a score and a picture, in minutes on a laptop
+	$(FASTTRAIN) prepare digits $(DEMO)/digits
+	$(FASTTRAIN) train configs/quickstart.yaml run_dir=$(DEMO)/run data.train=$(DEMO)/digits
+	$(SCORE) --weights untrained --out $(DEMO)/untrained.json
+	$(SCORE) --weights ema --out $(DEMO)/trained.json
+	$(FASTTRAIN) sample $(DEMO)/run --out $(DEMO)/samples --guidance 1.5
+	@echo
+	@for network in untrained trained; do \
+	  sed -n "s/.*\"frechet_distance\": \([0-9.]*\),/Frechet distance of the $$network network: \1/p" $(DEMO)/$$network.json; \
+	done
+	@echo "samples drawn: $(DEMO)/samples/grid.png"
+
+test: $(INSTALLED)  ## every test that needs no GPU and no network
+	$(PYTEST) -n 2 --dist worksteal
+
+lint: $(LINTERS)  ## ruff, its formatter's opinion, and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(INSTALLED)  ## benchmarks that run anywhere
+	$(PYTHON) benchmarks/loader.py
+
+gpu: $(INSTALLED)  ## the kernels' tests natively on a GPU; reports under OUT
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: this machine has no CUDA device (see fasttrain doctor)")'
+	mkdir -p $(OUT)
+	$(PYTHON) -m fasttrain doctor | tee $(OUT)/doctor.txt
+	$(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/kernels.xml
+
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/linters: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
