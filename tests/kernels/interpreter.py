@@ -81,7 +81,7 @@ class _Rewriter(interpreter.FunctionRewriter):
 
     def _compile_and_exec(self, transformed_ast: Any) -> Callable[..., Any]:
         code = compile(transformed_ast, filename=self.filename, mode="exec")
-        scope = {**vars(interpreter), **self.fn.__globals__, "tl": tl, "core": tl.core}
+        scope = {**vars(interpreter), **self.fn.__globals__, "_shown": tl, "_also_shown": tl.core}
         exec(code, scope)
         return scope[self.fn.__name__]
 
