@@ -105,11 +105,12 @@ def start(timeout_seconds: float) -> Processes:
         timeout_seconds: how long a collective may wait before the process gives up.
     """
     _limit_every_group(timeout_seconds)
-    group: dict[str, Any] = {}
     if not launched():
         # DeepSpeed reads the rank from the environment whoever started the process.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # A process alone has nobody to meet, also when an earlier start in this process has set the ranks.
+    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
+    group: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _device(local_rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
