@@ -49,9 +49,9 @@ def test_any_stage_and_world_size_loads_any_other(saved_stage: int, saved_world:
     made = plain_config(tmp_path / "made", digits, deepspeed=zero(saved_stage), training={"precision": precision, **batch})
     expected = run_ranks(saved_world, _save, made, STEPS)[0]["state"]
     losses = []
-    for world_size in (1, 2):
+    for world_size, stages in ((1, (0, 2)), (2, (0, 1, 2, 3))):
         raws = []
-        for stage in range(4):
+        for stage in stages:
             folder = tmp_path / f"world{world_size}-zero{stage}"
             shutil.copytree(tmp_path / "made", folder)
             raws.append(plain_config(folder, digits, deepspeed=zero(stage), training={"precision": precision, **batch}))
