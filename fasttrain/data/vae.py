@@ -49,7 +49,7 @@ class Vae:
             scaling_factor=float(config.scaling_factor),
             shift_factor=float(config.get("shift_factor") or 0.0),
         )
-        return cls(model.to(device=device, dtype=torch.float32).eval().requires_grad_(False), record)
+        return cls(model.to(device).eval().requires_grad_(False), record)
 
     @property
     def downsampling(self) -> int:
@@ -88,7 +88,14 @@ def _autoencoder(name: str, revision: str | None) -> Any:
         raise UserError(f"--vae needs diffusers ({error}): pip install 'fasttrain[latents]'") from None
     try:
         # Safetensors only: the other format is a pickle, which runs code.
-        return AutoencoderKL.from_pretrained(name, revision=revision, local_files_only=revision is None, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(
+            name,
+            revision=revision,
+            local_files_only=revision is None,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--vae {name}: not an AutoencoderKL with safetensors weights ({str(error).splitlines()[0]})") from None
 

@@ -18,7 +18,7 @@ import numpy as np
 from fasttrain.data.index import FORMAT, INDEX_FILE, LABELS_FILE, Index, digest
 from fasttrain.data.prepare.plan import Plan, claim
 from fasttrain.data.prepare.processes import run_jobs
-from fasttrain.data.prepare.progress import FolderProgress
+from fasttrain.data.prepare.progress import FolderProgress, speed
 from fasttrain.data.prepare.writer import (
     TEMPORARY,
     Made,
@@ -52,9 +52,9 @@ class Prepared:
         index, rejected = self.index, ""
         if index.rejected:
             rejected = f"; {index.rejected:,} unreadable, listed in {REJECTED_FILE}"
-        speed = f" ({self.made / self.seconds:,.0f} images/s)" if self.made else " (nothing left to do: all shards verified)"
+        done = f" ({speed(self.made / self.seconds)})" if self.made else " (nothing left to do: all shards verified)"
         shape = "x".join(map(str, index.shape))
-        return f"{out}: {index.samples:,} samples of {shape}, {index.num_classes} classes, {len(index.shards)} shards{speed}{rejected}"
+        return f"{out}: {index.samples:,} samples of {shape}, {index.num_classes} classes, {len(index.shards)} shards{done}{rejected}"
 
 
 def prepare_set(
@@ -106,7 +106,7 @@ def _make_shard(out: Path, number: int, first_key: int, entries: Sequence[T], ma
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(f"{out}: the shards still to make need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space")
+        raise UserError(f"{out}: the shards still to make need {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; free some space")
 
 
 def _written(out: Path, plan: Plan[T]) -> int:

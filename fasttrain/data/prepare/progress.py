@@ -13,6 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 _LOOK_SECONDS = 0.5
 
 
+def speed(rate: float) -> str:
+    """Images a second, with digits enough for a slow encoder."""
+    return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2f} images/s"
+
+
 class FolderProgress:
     """A bar on a terminal, a plain line now and then elsewhere; `done()` tells how many samples are written."""
 
@@ -33,16 +38,16 @@ class FolderProgress:
         self._thread.join()
 
     def _bar(self) -> None:
-        rate = TextColumn("{task.fields[rate]:.0f} images/s")
+        rate = TextColumn("{task.fields[rate]}")
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
         start, already = time.monotonic(), self._done()
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task(self._what, total=self._total, completed=already, rate=0.0)
+            task = progress.add_task(self._what, total=self._total, completed=already, rate="")
             ended = False
             while not ended:
                 ended = self._stop.wait(_LOOK_SECONDS)
                 done = self._done()
-                progress.update(task, completed=done, rate=(done - already) / (time.monotonic() - start))
+                progress.update(task, completed=done, rate=speed((done - already) / (time.monotonic() - start)))
 
     def _lines(self) -> None:
         start, already = time.monotonic(), self._done()
@@ -50,4 +55,4 @@ class FolderProgress:
             done = self._done()
             rate = (done - already) / (time.monotonic() - start)
             left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
-            print(f"{self._what}: {done:,} of {self._total:,} ({rate:.0f} images/s, {left})", file=sys.stderr, flush=True)
+            print(f"{self._what}: {done:,} of {self._total:,} ({speed(rate)}, {left})", file=sys.stderr, flush=True)

@@ -193,7 +193,7 @@ def test_no_space_left(image_tree: Path, tmp_path: Path, little_space: None):
 def test_too_little_space_is_told_before_anything_is_written(small_tree: Callable[[int], Path], tmp_path: Path):
     free = shutil.disk_usage(tmp_path).free
     size = int((free / 3) ** 0.5)
-    with pytest.raises(UserError, match=r"still to make need .* GB and .* GB are free"):
+    with pytest.raises(UserError, match=r"still to make need .* MB and .* MB are free"):
         prepare_images(small_tree(2), tmp_path / "out", size=size)
     assert set(contents(tmp_path / "out")) == {"receipts/plan.json"}
 
