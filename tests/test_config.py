@@ -1,0 +1,163 @@
+"""A config is data: every mistake at once with its path, numbers are numbers, and what was resolved can be read again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fasttrain.config import RunConfig, TrainingConfig, load_config, parse_config
+from fasttrain.diffusion.weighting import MinSnr
+from fasttrain.errors import UserError
+from tests.runs import plain_config
+
+
+def parse(**sections: Any) -> RunConfig:
+    return parse_config(plain_config("run", "shards", **sections), "test.yaml")
+
+
+def told(**sections: Any) -> str:
+    with pytest.raises(UserError) as error:
+        parse(**sections)
+    return str(error.value)
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+MINIMAL = "run_dir: run\ndata: {train: shards}\nmodel: vit-tiny\ntraining: {steps: 10, global_batch: 4}\n"
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = load(tmp_path, MINIMAL)
+    assert config.diffusion.weighting == MinSnr(5.0)
+    assert config.optimizer.betas == (0.99, 0.99) and config.optimizer.learning_rate == 1e-4 and config.optimizer.weight_decay == 0.03
+    assert config.diffusion.label_drop == 0.15 and config.zero_stage == 1
+
+
+def test_all_mistakes_are_told_at_once_with_their_paths():
+    message = told(training={"steps": 0, "global_bath": 4}, data={"held_out": -1}, optimizer={"betas": [0.9, 1.5]}, modle="vit-tiny")
+    assert message.startswith("test.yaml:\n")
+    lines = message.splitlines()[1:]
+    assert len(lines) == 5
+    assert "  training.global_bath: unknown key; did you mean 'global_batch'?" in lines
+    assert "  modle: unknown key; did you mean 'model'?" in lines
+    for path in ("training.steps: ", "data.held_out: ", "optimizer: betas must lie in [0, 1)"):
+        assert any(line.strip().startswith(path) for line in lines), path
+
+
+def test_a_key_nobody_could_mean_lists_the_known_ones():
+    assert "data.zzz: unknown key; known: train, vae, held_out" in told(data={"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"diffusion": {"weighting": "min-snr"}}, "diffusion.weighting: unknown weighting 'min-snr'; did you mean 'min_snr'?"),
+        ({"diffusion": {"weighting": {"name": "min_snr", "gama": 1}}}, "has no parameter 'gama'; did you mean 'gamma'?"),
+        ({"diffusion": {"weighting": {"name": "min_snr", "gamma": -1}}}, "diffusion.weighting: "),
+        ({"model": {"name": "vit", "width": 100, "heads": 3}}, "model.width 100 is not divisible by model.heads 3"),
+        ({"optimizer": {"ema": [{"halflife": 3}]}}, "optimizer.ema.0.halflife: unknown key"),
+        ({"training": {"precision": "fp16"}}, "training.precision: "),
+        ({"log": {"held_out_every": 5}}, "log.held_out_every needs data.held_out"),
+        (
+            {"deepspeed": {"train_batch_size": 4}},
+            "'train_batch_size' conflicts with the run's config; remove it there and set training.global_batch",
+        ),
+        ({"deepspeed": {"zero_optimisation": {}}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "zero_optimization.stage must be 0, 1, 2 or 3"),
+        ({"deepspeed": "nowhere/zero.json"}, "no file nowhere/zero.json"),
+        ({"seed": 2**63}, "seed: "),
+    ],
+)
+def test_each_mistake_names_its_key(sections, message):
+    assert message in told(**sections)
+
+
+def test_numbers_are_numbers(tmp_path):
+    """YAML 1.1 reads 1e-4, without a dot, as text."""
+    config = load(
+        tmp_path, MINIMAL + "optimizer: {learning_rate: 1e-4, eps: 1E-8, ema: [{half_life: 1_774_000}]}\n", "optimizer.weight_decay=3e-2"
+    )
+    assert config.optimizer.learning_rate == 1e-4 and config.optimizer.eps == 1e-8 and config.optimizer.weight_decay == 0.03
+    assert config.optimizer.ema[0].half_life == 1_774_000
+
+
+def test_text_is_no_number(tmp_path):
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate.*fast"):
+        load(tmp_path, MINIMAL, "optimizer.learning_rate=fast")
+
+
+def test_overrides_reach_into_sections_and_components(tmp_path):
+    config = load(
+        tmp_path,
+        MINIMAL,
+        "training.steps=7",
+        "model.depth=3",
+        "diffusion.weighting.name=soft_min_snr",
+        "diffusion.weighting.gamma=2",
+        "data.flip=true",
+    )
+    assert config.training.steps == 7 and config.model.depth == 3 and config.model.width == 192 and config.data.flip is True
+    assert config.plain()["diffusion"]["weighting"] == {"name": "soft_min_snr", "gamma": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=3", "training.stepz: unknown key; did you mean 'steps'?"),
+        ("training", "must read key=value"),
+        ("run_dir.x.y=[", "not YAML"),
+        ("seed.low=3", "seed is not a section"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, message):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, MINIMAL + "seed: 1\n", override)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not plain YAML"), ("- a", "must hold a mapping"), ("!!python/object/apply:os.getcwd []", "is not plain YAML")],
+)
+def test_files_that_are_no_config(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the config .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_the_resolved_config_reads_back_as_itself():
+    config = parse(
+        diffusion={"schedule": {"name": "linear", "num_timesteps": 500}, "prediction": "v"},
+        optimizer={"ema": [{"half_life": 10, "ramp": None}]},
+    )
+    again = parse_config(yaml.safe_load(yaml.safe_dump(config.plain())), "again")
+    assert again == config and again.plain() == config.plain()
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size", "steps"),
+    [(16, None, 1, 1), (16, None, 4, 1), (16, 2, 4, 2), (16, 16, 1, 1), (48, 4, 3, 4)],
+)
+def test_accumulation_follows_from_the_batches(global_batch, micro_batch, world_size, steps):
+    training = TrainingConfig(steps=1, global_batch=global_batch, micro_batch=micro_batch)
+    assert training.accumulation_steps(world_size) == steps
+    assert steps * training.micro_batch_of(world_size) * world_size == global_batch
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "world_size", "named"),
+    [(None, 3, "multiple of 3"), (3, 1, "training.micro_batch 3"), (16, 2, "training.micro_batch 16")],
+)
+def test_batches_that_do_not_divide(micro_batch, world_size, named):
+    with pytest.raises(UserError, match=r"training\.global_batch 16") as error:
+        TrainingConfig(steps=1, global_batch=16, micro_batch=micro_batch).accumulation_steps(world_size)
+    assert named in str(error.value)

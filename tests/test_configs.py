@@ -1,0 +1,147 @@
+"""Every config under configs/ is one that a start accepts: it loads, and dry-runs on shards of the kind it names."""
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+import yaml
+
+from fasttrain.checkpoint import Manifest
+from fasttrain.cli import main
+from fasttrain.config import load_config
+from fasttrain.data.index import Source, VaeRecord, read_index
+from fasttrain.data.prepare.assembly import prepare_set
+from fasttrain.data.prepare.latents import shift_and_scale
+from fasttrain.data.prepare.plan import Plan
+from fasttrain.data.prepare.writer import Made
+from fasttrain.engine.deepspeed import read_settings, zero_stage
+from fasttrain.models.memory import count_parameters
+from fasttrain.run import resolve
+from tests.runs import plain_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+SETTINGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "deepspeed").glob("*.json"))
+SAMPLES = 6
+
+# What each folder's data are: kind, stored shape, classes.
+LATENTS = ("latent", (2, 2, 4, 32, 32), 1000)
+DATA = {
+    "imagenet256": LATENTS,
+    "imagenet64": ("image", (3, 64, 64), 1000),
+    "celeba64": ("image", (3, 64, 64), 1),
+    "cifar10": ("image", (3, 32, 32), 10),
+    "configs": ("image", (1, 8, 8), 10),
+}
+# Parameters as the papers' architectures have them, time and class tables included (the Min-SNR paper prints them without).
+PARAMETERS = {
+    "imagenet256/vit-b.yaml": 89.11e6,
+    "imagenet256/vit-xl-x0.yaml": 452.39e6,
+    "imagenet256/vit-xl-eps.yaml": 452.39e6,
+    "imagenet256/vit-xl-v.yaml": 452.39e6,
+    "imagenet256/dit-xl.yaml": 675.11e6,
+    "imagenet64/vit-l.yaml": 269.98e6,
+    "celeba64/vit-s.yaml": 43.20e6,
+}
+
+
+def _random_samples(shape: tuple[int, ...], dtype: str, classes: int, entries: Sequence[int]) -> Iterator[Made]:
+    for entry in entries:
+        values = np.random.default_rng(entry).random(shape)
+        yield Made(str(entry), ((values * 255).astype(dtype) if dtype == "uint8" else values.astype(dtype), entry % classes))
+
+
+def _write(out: Path, kind: str, shape: tuple[int, ...], classes: int) -> Path:
+    """A few random samples, by the real writer."""
+    dtype = "uint8" if kind == "image" else "float16"
+    vae = VaeRecord(id="stabilityai/sd-vae-ft-mse", revision="0" * 40, scaling_factor=0.18215) if kind == "latent" else None
+    plan = Plan(
+        kind=kind,  # type: ignore[arg-type]
+        shape=shape,
+        dtype=dtype,
+        classes=tuple(map(str, range(classes))),
+        source=Source(name="random", xxh3=xxhash.xxh3_128_hexdigest(b"random")),
+        entries=range(SAMPLES),
+        shard_size=4,
+        vae=vae,
+    )
+    measure = (lambda folder, receipts: shift_and_scale(folder, receipts, shape, dtype)) if vae else None
+    prepare_set(out, plan, partial(_random_samples, shape, dtype, classes), measure)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("shards")
+    return {folder: _write(root / folder, *what) for folder, what in DATA.items()}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project_folder(monkeypatch: pytest.MonkeyPatch):
+    """Paths in configs start there."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_dry_runs(path, shards, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", f"data.train={shards[path.parent.name]}", "data.held_out=2"]
+    assert main(["train", str(path), "--dry-run", *overrides]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "dry run done: nothing was written" in told and "trained parameters" in told
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_models_have_the_published_sizes(name, parameters, shards):
+    path = Path("configs", name)
+    folder = shards[path.parent.name]
+    model = resolve(load_config(path, [f"data.train={folder}"]), read_index(folder)).model
+    assert count_parameters(model).total == pytest.approx(parameters, abs=0.006e6)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_papers_average_is_0_9999_a_step(name):
+    config = load_config(Path("configs", name))
+    (average,) = config.optimizer.ema
+    for step in (1, 1000, config.training.steps):
+        images = config.training.global_batch
+        assert average.decay(step * images, images) == pytest.approx(0.9999, abs=1e-7)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name != "configs"], ids=str)
+def test_a_config_opens_with_what_to_expect(path):
+    text = path.read_text()
+    opening = "\n".join(line for line in text[: text.index("run_dir:")].splitlines() if line.startswith("#"))
+    for words in (f"fasttrain train {path}", "fasttrain prepare ", "# Hardware: ", "# Time: ", "# Score: "):
+        assert words in opening, words
+    folder = yaml.safe_load(text)["data"]["train"]
+    assert re.search(rf"fasttrain prepare .* {folder}\b", opening), "it prepares the folder it reads"
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=str)
+def test_deepspeed_settings_train_a_step(path, digits, tmp_path):
+    stage = zero_stage(read_settings(str(path)))
+    assert path.name == f"zero{stage}.json"
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(plain_config(tmp_path / "run", digits, training={"steps": 1, "precision": "bf16"}, deepspeed=str(path)))
+    )
+    assert main(["train", str(config)]) == 0
+    assert Manifest.read(tmp_path / "run" / "checkpoints" / "step-00000001").zero_stage == stage
+
+
+def test_there_is_a_file_for_every_stage():
+    assert [path.name for path in SETTINGS] == [f"zero{stage}.json" for stage in range(4)]
+
+
+def test_the_launch_files_are_what_their_readers_take():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile("configs/launch/hosts") == {"node-0": 8, "node-1": 8}
+    subprocess.run(["bash", "-n", "configs/launch/slurm.sh"], check=True)
