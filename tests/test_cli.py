@@ -39,7 +39,14 @@ def test_every_command_explains_its_arguments(capsys, command):
 
 
 def test_asking_for_help_does_not_wait_for_torch():
-    code = "import sys\nfrom fasttrain.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted({'torch', 'deepspeed', 'diffusers'} & set(sys.modules)))"
+    code = "\n".join(
+        (
+            "import sys",
+            "from fasttrain.cli import main",
+            "try: main(sys.argv[1:])",
+            "finally: print(sorted({'torch', 'deepspeed', 'diffusers'} & set(sys.modules)))",
+        )
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     for arguments in ([], ["prepare"], ["doctor"]):
         done = subprocess.run(

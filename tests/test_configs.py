@@ -2,32 +2,25 @@
 
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import xxhash
 import yaml
 
 from fasttrain.checkpoint import Manifest
 from fasttrain.cli import main
 from fasttrain.config import load_config
-from fasttrain.data.index import Source, VaeRecord, read_index
-from fasttrain.data.prepare.assembly import prepare_set
-from fasttrain.data.prepare.latents import shift_and_scale
-from fasttrain.data.prepare.plan import Plan
-from fasttrain.data.prepare.writer import Made
+from fasttrain.data.index import read_index
 from fasttrain.engine.deepspeed import read_settings, zero_stage
 from fasttrain.models.memory import count_parameters
 from fasttrain.run import resolve
+from tests.commands import fasttrain
 from tests.runs import plain_config
+from tests.shards import write_random
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 SETTINGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "deepspeed").glob("*.json"))
-SAMPLES = 6
 
 # What each folder's data are: kind, stored shape, classes.
 LATENTS = ("latent", (2, 2, 4, 32, 32), 1000)
@@ -50,35 +43,10 @@ PARAMETERS = {
 }
 
 
-def _random_samples(shape: tuple[int, ...], dtype: str, classes: int, entries: Sequence[int]) -> Iterator[Made]:
-    for entry in entries:
-        values = np.random.default_rng(entry).random(shape)
-        yield Made(str(entry), ((values * 255).astype(dtype) if dtype == "uint8" else values.astype(dtype), entry % classes))
-
-
-def _write(out: Path, kind: str, shape: tuple[int, ...], classes: int) -> Path:
-    """A few random samples, by the real writer."""
-    dtype = "uint8" if kind == "image" else "float16"
-    vae = VaeRecord(id="stabilityai/sd-vae-ft-mse", revision="0" * 40, scaling_factor=0.18215) if kind == "latent" else None
-    plan = Plan(
-        kind=kind,  # type: ignore[arg-type]
-        shape=shape,
-        dtype=dtype,
-        classes=tuple(map(str, range(classes))),
-        source=Source(name="random", xxh3=xxhash.xxh3_128_hexdigest(b"random")),
-        entries=range(SAMPLES),
-        shard_size=4,
-        vae=vae,
-    )
-    measure = (lambda folder, receipts: shift_and_scale(folder, receipts, shape, dtype)) if vae else None
-    prepare_set(out, plan, partial(_random_samples, shape, dtype, classes), measure)
-    return out
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("shards")
-    return {folder: _write(root / folder, *what) for folder, what in DATA.items()}
+    return {folder: write_random(root / folder, *what) for folder, what in DATA.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +100,8 @@ def test_deepspeed_settings_train_a_step(path, digits, tmp_path):
     config.write_text(
         yaml.safe_dump(plain_config(tmp_path / "run", digits, training={"steps": 1, "precision": "bf16"}, deepspeed=str(path)))
     )
-    assert main(["train", str(config)]) == 0
+    done = fasttrain("train", config)
+    assert done.status == 0, done.err
     assert Manifest.read(tmp_path / "run" / "checkpoints" / "step-00000001").zero_stage == stage
 
 

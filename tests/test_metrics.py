@@ -75,6 +75,13 @@ def test_jsonl_goes_on_where_an_earlier_start_ended(tmp_path, alone):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+def test_half_a_record_is_cut_away(tmp_path, alone):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    with Reporter(tmp_path, alone, 10, tensorboard=False) as reporter:
+        reporter.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_line_for_people(tmp_path, alone, capsys):
     with Reporter(tmp_path, alone, 10, tensorboard=False) as reporter:
         reporter.report(RECORD)

@@ -1,5 +1,6 @@
 """Names become components, and every mistake names the choices."""
 
+import re
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Annotated
 
@@ -60,9 +61,8 @@ def test_spec_builds_the_same_again():
     ],
 )
 def test_mistakes_name_the_remedy(spec, told):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=re.escape(told)):
         FRUIT.build(spec)
-    assert told in str(error.value)
 
 
 def test_components_do_not_change():
