@@ -1,6 +1,7 @@
 """The command line: `fasttrain prepare | train | sample | evaluate | export | doctor`."""
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -30,13 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(given)
     try:
         importlib.import_module(args.module).run(args)
-    except UserError as error:
-        if args.debug:
+    except (UserError, OSError) as error:
+        told = _told(error)
+        if args.debug or told is None:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"fasttrain: {error}", file=sys.stderr)
+            print(f"fasttrain: {told}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def _told(error: UserError | OSError) -> str | None:
+    """What to tell the user: a full disk can be met anywhere; any other OSError is not theirs to mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left{f' for {error.filename}' if error.filename else ''}: free some and run the same command again"
+    return None
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
@@ -62,7 +73,9 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fasttrain", description="Trains diffusion transformers to a given image quality in the least GPU time.")
+    parser = argparse.ArgumentParser(
+        prog="fasttrain", description="Trains diffusion transformers to a given image quality in the least GPU time."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn images into shards")
     sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")

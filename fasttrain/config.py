@@ -56,15 +56,17 @@ class TrainingConfig(Section):
         micro_batch = self.micro_batch_of(world_size)
         if self.global_batch % (micro_batch * world_size):
             raise UserError(
-                f"training.global_batch {self.global_batch} is not divisible by training.micro_batch {micro_batch} x {world_size} processes; "
-                "choose a global_batch that is, or another micro_batch"
+                f"training.global_batch {self.global_batch} is not divisible by training.micro_batch {micro_batch} "
+                f"x {world_size} processes; choose a global_batch that is, or another micro_batch"
             )
         return self.global_batch // (micro_batch * world_size)
 
     def micro_batch_of(self, world_size: int) -> int:
         """Images per process and forward pass."""
         if self.global_batch % world_size:
-            raise UserError(f"training.global_batch {self.global_batch} is not divisible by {world_size} processes; choose a multiple of {world_size}")
+            raise UserError(
+                f"training.global_batch {self.global_batch} is not divisible by {world_size} processes; choose a multiple of {world_size}"
+            )
         return self.micro_batch or self.global_batch // world_size
 
 
@@ -113,6 +115,12 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if self.log.held_out_every and not self.data.held_out:
             raise ValueError("log.held_out_every needs data.held_out: the number of images kept out of training")
+        # Models without a table of timesteps take any.
+        rows, timesteps = getattr(self.model, "num_timesteps", None), self.diffusion.schedule.num_timesteps
+        if rows is not None and rows < timesteps:
+            raise ValueError(
+                f"model.num_timesteps {rows} is less than the {timesteps} of diffusion.schedule.num_timesteps: raise it, or leave it out"
+            )
         return self
 
     def deepspeed_settings(self) -> dict[str, Any]:

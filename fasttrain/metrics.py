@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -91,7 +91,7 @@ class Reporter:
         self._console = Console(stderr=False, quiet=not self._main, highlight=False, soft_wrap=True)
         self._total = total_steps
         self._bar: Progress | None = None
-        self._jsonl = open(run_dir / "metrics.jsonl", "a", buffering=1) if self._main else None  # noqa: SIM115 (closed in __exit__)
+        self._jsonl = _continued(run_dir / "metrics.jsonl") if self._main else None
         self._board = _summary_writer(run_dir / "tensorboard") if self._main and tensorboard else None
 
     def __enter__(self) -> "Reporter":
@@ -135,6 +135,13 @@ class Reporter:
         if self._board is not None:
             for name, value in _flat(record):
                 self._board.add_scalar(name, value, record["step"])
+
+
+def _continued(path: Path) -> TextIO:
+    """A file of lines, to be appended to; half a line that a kill or a full disk left at its end is cut away."""
+    file = path.open("a", buffering=1)
+    file.truncate(path.read_bytes().rfind(b"\n") + 1)
+    return file
 
 
 def _summary(record: dict[str, Any], total: int) -> str:

@@ -48,6 +48,8 @@ class Trained:
             UserError: no run, no checkpoint, a damaged one, or no such weights.
         """
         config, index = read_run(run_dir)
+        if weights not in (known := [*_averages(config), RAW, UNTRAINED]):
+            raise UserError(f"--weights {weights}: {run_dir} has {', '.join(known)}")
         network = build_network(config)
         step = 0
         if weights != UNTRAINED:
@@ -57,13 +59,27 @@ class Trained:
         return cls(config, index, network.to(device).eval(), describe(config, weights), step)
 
     def generator(self, steps: int, guidance: float, seed: int) -> Generator:
-        """What makes samples from these weights, in fp32."""
+        """What makes samples from these weights, in fp32.
+
+        Raises:
+            UserError: fewer than one step.
+        """
         device = next(self.network.parameters()).device
         channels, size, num_classes = self.config.model.geometry()
         d = self.config.diffusion
         key = torch.tensor(seed, device=device)
+        if steps < 1:
+            raise UserError(f"--steps must be at least 1, got {steps}")
         return Generator(
-            self.network, d.schedule, d.prediction, Heun(steps=steps), (channels, size, size), num_classes, self.config.model.null_label, guidance, key
+            self.network,
+            d.schedule,
+            d.prediction,
+            Heun(steps=steps),
+            (channels, size, size),
+            num_classes,
+            self.config.model.null_label,
+            guidance,
+            key,
         )
 
     def decoder(self, vae: str | None) -> Callable[[Tensor], Tensor]:
@@ -86,10 +102,17 @@ def newest_folder(run_dir: Path) -> Path:
     try:
         return pointer.parent / pointer.read_text().strip()
     except OSError:
-        raise UserError(f"{run_dir} has no checkpoint yet: let `fasttrain train` reach its first (checkpoint.every), or stop it with Ctrl-C, which saves one") from None
+        raise UserError(
+            f"{run_dir} has no checkpoint yet: let `fasttrain train` reach its first (checkpoint.every), "
+            "or stop it with Ctrl-C, which saves one"
+        ) from None
 
 
 def describe(config: RunConfig, weights: str) -> str:
     """Which weights, in words that stay true when the config changes."""
-    names = {ema_name(i): f"ema of {ema.half_life:g} images" for i, ema in enumerate(config.optimizer.ema)}
-    return names.get(weights, weights)
+    return _averages(config).get(weights, weights)
+
+
+def _averages(config: RunConfig) -> dict[str, str]:
+    """The averages that a run keeps: their names and what they are."""
+    return {ema_name(i): f"ema of {ema.half_life:g} images" for i, ema in enumerate(config.optimizer.ema)}

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     reference = ShardSet.open(args.reference)
     if reference.index.kind != "image":
-        raise UserError(f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size")
+        raise UserError(
+            f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size"
+        )
     processes = distributed.start(TIMEOUT_SECONDS)
     try:
         trained = Trained.load(args.run, args.weights, processes.device)
@@ -55,11 +57,14 @@ def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8]
     )
     score = evaluate([images], _images(reference), FEATURES.build(args.features), protocol)
     out = args.out or args.run / "scores" / f"{args.weights}-{args.features}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    score.save(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        score.save(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another file") from None
     print(
-        f"Frechet distance {score.frechet_distance:.4f} ({args.features}; {score.samples} samples of the {trained.weights} weights at step {trained.step}, "
-        f"{score.reference_samples} reference images): {out}"
+        f"Frechet distance {score.frechet_distance:.4f} ({args.features}; {score.samples} samples of the {trained.weights} weights "
+        f"at step {trained.step}, {score.reference_samples} reference images): {out}"
     )
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fasttrain.errors import UserError
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}, draft, metadata)
         os.replace(draft, args.out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         draft.unlink(missing_ok=True)
         raise UserError(f"cannot write {args.out}: {error}; make room or choose another file") from None
     print(f"{trained.weights} weights of step {trained.step}: {args.out}")
