@@ -8,11 +8,11 @@ MODELS.preset("vit-s/4", "vit", depth=13, width=512, heads=8, patch=4, num_class
 MODELS.preset("vit-b/2", "vit", depth=12, width=768, heads=12, patch=2)
 MODELS.preset("vit-l/4", "vit", depth=21, width=1024, heads=16, patch=4)
 MODELS.preset("vit-xl/2", "vit", depth=28, width=1152, heads=16, patch=2)
-MODELS.preset("vit-tiny", "vit", depth=6, width=192, heads=3, patch=2, num_timesteps=1000)
+MODELS.preset("vit-tiny", "vit", depth=4, width=128, heads=4, patch=2, num_timesteps=1000)
 
 for patch in (2, 4, 8):
     MODELS.preset(f"dit-s/{patch}", "dit", depth=12, width=384, heads=6, patch=patch)
     MODELS.preset(f"dit-b/{patch}", "dit", depth=12, width=768, heads=12, patch=patch)
     MODELS.preset(f"dit-l/{patch}", "dit", depth=24, width=1024, heads=16, patch=patch)
     MODELS.preset(f"dit-xl/{patch}", "dit", depth=28, width=1152, heads=16, patch=patch)
-MODELS.preset("dit-tiny", "dit", depth=6, width=192, heads=3, patch=2)
+MODELS.preset("dit-tiny", "dit", depth=4, width=128, heads=4, patch=2)
