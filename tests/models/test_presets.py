@@ -75,7 +75,7 @@ def test_dit_counts_of_larger_patches(size, depth, width, patch):
 @pytest.mark.parametrize("preset", ["vit-tiny", "dit-tiny"])
 def test_tiny_fits_a_cpu(preset):
     config = MODELS.build({"name": preset, "input_size": 8, "channels": 1, "num_classes": 10})
-    assert 1e6 < count_parameters(config).trained < 5e6
+    assert 5e5 < count_parameters(config).trained < 5e6
     assert config.grid**2 == 16
 
 
