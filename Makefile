@@ -36,8 +36,8 @@ lint: $(LINTERS)  ## ruff, its formatter's opinion, and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: $(INSTALLED)  ## benchmarks that run anywhere
-	$(PYTHON) benchmarks/loader.py
+bench: $(INSTALLED)  ## the loader beside webdataset's own pipeline
+	$(PYTHON) -m benchmarks.loader
 
 gpu: $(INSTALLED)  ## the kernels' tests natively on a GPU; reports under OUT
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: this machine has no CUDA device (see fasttrain doctor)")'

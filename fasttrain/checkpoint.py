@@ -6,8 +6,9 @@
             manifest.json                files with sizes and xxh3 digests, shapes, counters, identity of model and data
         latest                           name of the newest one, for people and other tools
 
-The commit (RELIABILITY section 2): write into `step-N.tmp`, fsync, digest; all ranks exchange (ok, digest); rank 0 writes the manifest, fsyncs, renames the
-folder, fsyncs the parent, and moves the pointer. A reader trusts only a folder whose manifest and digests verify, and goes backwards until one does.
+The commit (RELIABILITY section 2): write into `step-N.tmp`, fsync, digest; all ranks exchange (ok, digest); rank 0 writes the manifest,
+fsyncs, renames the folder, fsyncs the parent, and moves the pointer. A reader trusts only a folder whose manifest and digests verify,
+and goes backwards until one does.
 """
 
 import dataclasses
@@ -87,7 +88,9 @@ class Checkpoints:
         final = self.folder / f"step-{progress.step:08d}"
         partial = final.with_suffix(".tmp")
         if not self._processes.all(state.is_finite()):
-            raise UserError(f"the training state at step {progress.step} holds a non-finite value and is not saved; the checkpoint before it stays")
+            raise UserError(
+                f"the training state at step {progress.step} holds a non-finite value and is not saved; the checkpoint before it stays"
+            )
         self._prepare(partial)
         entries, problems = self._collect(self._write_share(partial, state))
         if not problems:
@@ -109,7 +112,11 @@ class Checkpoints:
                 return Path(folder), manifest, passed_over
             passed_over.append(f"{Path(folder).name}: {problems[0]}")
         if passed_over:
-            raise UserError("no checkpoint of this run can be trusted:\n  " + "\n  ".join(passed_over) + f"\nremove {self.folder} to start again from nothing")
+            raise UserError(
+                "no checkpoint of this run can be trusted:\n  "
+                + "\n  ".join(passed_over)
+                + f"\nremove {self.folder} to start again from nothing"
+            )
         return None
 
     def load(self, state: TrainingState, folder: Path, manifest: Manifest) -> None:
@@ -183,7 +190,10 @@ def check_fits(manifest: Manifest, shapes: dict[str, list[int]], states: list[st
                 "restore the model section it was trained with, or choose another run_dir"
             )
     if sorted(states) != sorted(manifest.states):
-        raise UserError(f"{folder} holds the states {manifest.states}, this config wants {states}: keep optimizer.ema as it was, or choose another run_dir")
+        raise UserError(
+            f"{folder} holds the states {manifest.states}, this config wants {states}: "
+            "keep optimizer.ema as it was, or choose another run_dir"
+        )
 
 
 def read_weights(folder: Path, key: str) -> dict[str, torch.Tensor]:

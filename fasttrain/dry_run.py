@@ -28,7 +28,10 @@ def dry_run(config: RunConfig) -> None:
     accumulation_steps, micro_batch = config.training.accumulation_steps(world_size), config.training.micro_batch_of(world_size)
     parameters = count_parameters(config.model)
     forward = config.model.flops_per_image()
-    console.print(f"data       {len(shards):,} samples of {' x '.join(map(str, shards.index.x0_shape))} in {len(shards.index.shards)} shards, {shards.index.num_classes} classes")
+    console.print(
+        f"data       {len(shards):,} samples of {' x '.join(map(str, shards.index.x0_shape))} "
+        f"in {len(shards.index.shards)} shards, {shards.index.num_classes} classes"
+    )
     console.print(f"model      {parameters.trained:,} trained parameters ({parameters.total:,} in all)")
     console.print(f"FLOPs      {forward / 1e9:.3g} G forward, {TRAINING * forward / 1e9:.3g} G training per image")
     console.print(
@@ -38,14 +41,19 @@ def dry_run(config: RunConfig) -> None:
     console.print(_memory_table(config, parameters.trained, world_size))
     with training_loader(config.data, shards, seed) as loader:
         batch = next(loader.batches(0, micro_batch, 0, world_size))
-    console.print(f"one batch  x0 {list(batch.x0.shape)}, mean {batch.x0.mean():.3f}, standard deviation {batch.x0.std():.3f}, labels {batch.labels.min()} to {batch.labels.max()}")
+    console.print(
+        f"one batch  x0 {list(batch.x0.shape)}, mean {batch.x0.mean():.3f}, standard deviation {batch.x0.std():.3f}, "
+        f"labels {batch.labels.min()} to {batch.labels.max()}"
+    )
     console.print("dry run done: nothing was written")
 
 
 def _memory_table(config: RunConfig, parameters: int, world_size: int) -> Table:
     weights_bytes = 2 if config.training.precision == "bf16" else 4
     worlds = sorted({world_size, 8, 64})
-    table = Table("ZeRO stage", *(f"{n} ranks" if n > 1 else "1 rank" for n in worlds), title="GiB per rank between steps, activations not counted")
+    table = Table(
+        "ZeRO stage", *(f"{n} ranks" if n > 1 else "1 rank" for n in worlds), title="GiB per rank between steps, activations not counted"
+    )
     for stage in range(4):
         cells = [memory_per_rank(parameters, stage, n, weights_bytes, len(config.optimizer.ema))["total"] / GIB for n in worlds]
         chosen = " (chosen)" if stage == config.zero_stage else ""

@@ -44,14 +44,21 @@ class Preview:
 
     @torch.no_grad()
     def held_out_loss(self, batch: int) -> dict[str, float]:
-        """Weighted and unweighted loss on the held-out images, with noise and timesteps that depend on the image's number only. A collective.
+        """Weighted and unweighted loss on the held-out images, noise and timesteps a function of the image's number. A collective.
 
         Every rank takes every world_size-th image, so the sum over the ranks is over the same images at any world size.
         """
         assert self._held_out is not None and self._network is not None
         d = self._config.diffusion
         objective = Objective(
-            d.schedule, d.prediction, d.weighting, d.timesteps, label_drop=0.0, null_label=None, seed=self._seed ^ HELD_OUT_KEY, impl=self._config.kernels
+            d.schedule,
+            d.prediction,
+            d.weighting,
+            d.timesteps,
+            label_drop=0.0,
+            null_label=None,
+            seed=self._seed ^ HELD_OUT_KEY,
+            impl=self._config.kernels,
         )
         count, world_size = self._config.data.held_out, self._processes.world_size
         sums = torch.zeros(3, dtype=torch.float64, device=self._processes.device)
@@ -71,7 +78,9 @@ class Preview:
         batch = -(-sampling.count // self._processes.world_size)
         drawn = [
             (samples.number.numpy(), to_uint8(self._decode(samples.x0)))
-            for samples in self._generator().generate(sampling.count, batch, rank=self._processes.rank, world_size=self._processes.world_size)
+            for samples in self._generator().generate(
+                sampling.count, batch, rank=self._processes.rank, world_size=self._processes.world_size
+            )
         ]
         shares = [share for shares in self._processes.gather_to_main(drawn) for share in shares]
         if shares:

@@ -1,9 +1,9 @@
 """A run on disk: its folder, what it was made of, and what must not change between its starts.
 
-    RUN/config.yaml        the resolved config of the last start      RUN/checkpoints/   see checkpoint.py
-    RUN/environment.json   versions, devices, processes               RUN/samples/       grids drawn during training
-    RUN/data.json          the index of the training shards           RUN/tensorboard/   the reports for TensorBoard
-    RUN/metrics.jsonl      one record a report
+RUN/config.yaml        the resolved config of the last start      RUN/checkpoints/   see checkpoint.py
+RUN/environment.json   versions, devices, processes               RUN/samples/       grids drawn during training
+RUN/data.json          the index of the training shards           RUN/tensorboard/   the reports for TensorBoard
+RUN/metrics.jsonl      one record a report
 """
 
 import dataclasses
@@ -35,14 +35,19 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
     channels, height, width = index.x0_shape
     model = config.model
     if height != width:
-        raise UserError(f"data.train: {config.data.train} holds {height} x {width} samples; models here take square ones: prepare it with --size")
+        raise UserError(
+            f"data.train: {config.data.train} holds {height} x {width} samples; models here take square ones: prepare it with --size"
+        )
     if model.channels not in (None, channels) or model.input_size not in (None, height):
         raise UserError(
             f"model.channels {model.channels} and model.input_size {model.input_size} do not fit {config.data.train}, whose samples are "
             f"{channels} x {height} x {width}; leave both out to take them from the data, or prepare the data at that size"
         )
     if model.num_classes and model.num_classes < index.num_classes:
-        raise UserError(f"model.num_classes {model.num_classes} is too small for {config.data.train}, which has {index.num_classes} classes; leave it out or raise it")
+        raise UserError(
+            f"model.num_classes {model.num_classes} is too small for {config.data.train}, which has {index.num_classes} classes; "
+            "leave it out or raise it"
+        )
     _check_vae(config, index)
     num_classes = index.num_classes if model.num_classes is None else model.num_classes
     kernels = config.kernels if model.kernels == "auto" else model.kernels
@@ -71,7 +76,9 @@ def check_identity(mine: dict[str, Any], saved: dict[str, Any], folder: Path) ->
     for key in mine:
         if mine[key] != saved.get(key):
             was, now = _first_difference(saved.get(key), mine[key])
-            raise UserError(f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run")
+            raise UserError(
+                f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run"
+            )
 
 
 def write_folder(config: RunConfig, index: Index, processes: Processes) -> None:
@@ -121,7 +128,10 @@ def _check_vae(config: RunConfig, index: Index) -> None:
     if index.vae is None:
         raise UserError(f"data.vae is {wanted!r}, but {config.data.train} holds images, not latents: remove data.vae, or prepare latents")
     if Path(wanted).name != Path(index.vae.id).name:
-        raise UserError(f"data.vae is {wanted!r}, but the latents in {config.data.train} were made with {index.vae.id!r}: name that one, or prepare them again")
+        raise UserError(
+            f"data.vae is {wanted!r}, but the latents in {config.data.train} were made with {index.vae.id!r}: "
+            "name that one, or prepare them again"
+        )
 
 
 def _first_difference(saved: Any, mine: Any, path: str = "") -> tuple[str, str]:

@@ -181,7 +181,14 @@ def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
     d = config.diffusion
     null_label = config.model.null_label
     return Objective(
-        d.schedule, d.prediction, d.weighting, d.timesteps, label_drop=d.label_drop if null_label else 0.0, null_label=null_label, seed=seed, impl=config.kernels
+        d.schedule,
+        d.prediction,
+        d.weighting,
+        d.timesteps,
+        label_drop=d.label_drop if null_label else 0.0,
+        null_label=null_label,
+        seed=seed,
+        impl=config.kernels,
     )
 
 

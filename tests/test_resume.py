@@ -142,7 +142,11 @@ def test_restarted_at_another_world_size_and_stage_is_equal_to_rounding(tmp_path
         return plain_config(tmp_path / "run", digits, deepspeed=zero(stage), data={"flip": True})
 
     whole = merged(run_ranks(1, trace, {**raw(1), "run_dir": str(tmp_path / "whole")}, 20))
-    parts = [merged(run_ranks(4, trace, raw(3), 10, True)), merged(run_ranks(1, trace, raw(0), 5, True)), merged(run_ranks(2, trace, raw(1), 5, True))]
+    parts = [
+        merged(run_ranks(4, trace, raw(3), 10, True)),
+        merged(run_ranks(1, trace, raw(0), 5, True)),
+        merged(run_ranks(2, trace, raw(1), 5, True)),
+    ]
     drawn = {n: what for part in parts for n, what in part["drawn"].items()}
     assert drawn == whole["drawn"]
     losses = [loss for part in parts for loss in part["losses"]]

@@ -9,8 +9,15 @@ from fasttrain.engine import distributed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of the run; run the same command again to continue it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the file's, e.g. training.steps=1000 diffusion.weighting.gamma=1")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory per ZeRO stage, read one batch, and exit")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="values to use instead of the file's, e.g. training.steps=1000 diffusion.weighting.gamma=1",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print parameters, FLOPs and memory per ZeRO stage, read one batch, and exit"
+    )
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="write a profiler trace of N steps into the run folder")
 
 

@@ -15,7 +15,15 @@ from fasttrain.engine.optimizer import AdamWEMA
 from fasttrain.errors import UserError
 from fasttrain.registry import nearest
 
-_ALLOWED = ("zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "aio", "comms_logger")
+_ALLOWED = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "zero_force_ds_cpu_optimizer",
+    "aio",
+    "comms_logger",
+)
 _OWNED_BY_RUN = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",

@@ -62,8 +62,8 @@ class Processes:
 class StopFlag:
     """A request to stop that reaches every process in the same step, one step after it was made.
 
-    The launchers send SIGTERM to one rank at a time (RELIABILITY section 1), so the request is reduced among all ranks. The reduction runs on
-    the CPU beside the step and is read one step later: the device is never waited for.
+    The launchers send SIGTERM to one rank at a time (RELIABILITY section 1), so the request is reduced among all ranks. The reduction
+    runs on the CPU beside the step and is read one step later: the device is never waited for.
     """
 
     def __init__(self, processes: Processes):

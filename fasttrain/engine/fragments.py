@@ -1,4 +1,4 @@
-"""Where a rank's share of the training state lies: each parameter's fp32 master, moments and averages, as views into ZeRO's flat partitions.
+"""Where a rank's share of the training state lies: each parameter's fp32 master, moments and averages, viewed in ZeRO's partitions.
 
 One description serves every stage, so that saving, loading at another stage or world size, and gathering an average are each written once:
 
@@ -91,7 +91,9 @@ class TrainingState:
         sources = {MASTER: flat.data, **self._optimizer.state[flat]}
         for parameter, start, offset, numel in pieces:
             if numel > 0:
-                yield Fragment(self._names[id(parameter)], start, {key: sources[key].view(-1).narrow(0, offset, numel) for key in self.keys})
+                yield Fragment(
+                    self._names[id(parameter)], start, {key: sources[key].view(-1).narrow(0, offset, numel) for key in self.keys}
+                )
 
     def _partitions(self) -> Iterator[tuple[torch.Tensor, list[tuple[torch.Tensor, int, int, int]]]]:
         """Each tensor that the base optimizer updates, with the pieces in it: (parameter, start in it, offset in the tensor, elements)."""

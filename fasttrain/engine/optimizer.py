@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class EmaConfig(BaseModel):
     """One moving average of the weights.
 
-    `half_life` counts images; while training is younger than `half_life / ramp` images, the half-life is `ramp` times its age, so that the random
-    start is forgotten early (Karras et al. 2024, EDM2 section 3). `ramp: null` switches that off: a decay d at batch B is a half-life of B ln 2 / -ln d.
+    `half_life` counts images; while training is younger than `half_life / ramp` images, the half-life is `ramp` times its age, so that
+    the random start is forgotten early (Karras et al. 2024, EDM2 section 3). `ramp: null` switches that off: a decay d at batch B is a
+    half-life of B ln 2 / -ln d.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,7 +58,13 @@ class OptimizerConfig(BaseModel):
     def build(self, parameters: Iterable[torch.nn.Parameter], max_norm: float | None = None) -> "AdamWEMA":
         """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does."""
         return AdamWEMA(
-            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, ema=self.ema, max_norm=max_norm
+            parameters,
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            ema=self.ema,
+            max_norm=max_norm,
         )
 
 
@@ -83,12 +90,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  p = (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps);  ema = d ema + (1 - d) p
 
-    All state is fp32 and lives beside the master weights, so ZeRO shards the averages as it shards the moments. Call `begin` before every step.
+    All state is fp32 and lives beside the master weights, so ZeRO shards the averages as it shards the moments. Call `begin` before
+    every step.
 
     Args:
         ema: the averages to keep; their states are named `ema`, `ema_1`, ...
-        guard: without ZeRO and in fp32 nothing above this class looks at the gradients: then measure their norm here, clip to `max_norm`, and
-            skip the step when it is not finite. ZeRO's own optimizers do the same before they call this one.
+        guard: without ZeRO and in fp32 nothing above this class looks at the gradients: then measure their norm here, clip to
+            `max_norm`, and skip the step when it is not finite. ZeRO's own optimizers do the same before they call this one.
     """
 
     def __init__(
@@ -138,7 +146,9 @@ class AdamWEMA(torch.optim.Optimizer):
                     self.init_state([p])
                     self._update(p, p.grad, self.state[p], group, decays)
 
-    def _update(self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], decays: list[float]) -> None:
+    def _update(
+        self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], decays: list[float]
+    ) -> None:
         beta1, beta2 = group["betas"]
         correction1, correction2 = 1 - beta1**self.clock.update, 1 - beta2**self.clock.update
         exp_avg = state["exp_avg"].lerp_(grad, 1 - beta1)

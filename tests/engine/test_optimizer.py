@@ -15,7 +15,9 @@ from tests.ranks import run_ranks
 from tests.runs import zero
 
 STEPS, BATCH, CLIP, SKIPPED = 8, 16, 0.5, 3
-CONFIG = OptimizerConfig(learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, ema=(EmaConfig(half_life=40), EmaConfig(half_life=200, ramp=None)))
+CONFIG = OptimizerConfig(
+    learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1, ema=(EmaConfig(half_life=40), EmaConfig(half_life=200, ramp=None))
+)
 
 
 def _network() -> nn.Sequential:
@@ -43,7 +45,9 @@ def _loss(y: torch.Tensor) -> torch.Tensor:
 def plain_loop(two_groups: bool, skip: bool) -> dict[str, list[torch.Tensor]]:
     """The same training in plain torch: AdamW, clipping, averages, and no step where the gradient is not finite."""
     network = _network()
-    optimizer = torch.optim.AdamW(_groups(network, two_groups), lr=0.0, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=CONFIG.weight_decay)
+    optimizer = torch.optim.AdamW(
+        _groups(network, two_groups), lr=0.0, betas=CONFIG.betas, eps=CONFIG.eps, weight_decay=CONFIG.weight_decay
+    )
     averages = [[p.detach().clone() for p in network.parameters()] for _ in CONFIG.ema]
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -63,11 +67,15 @@ def plain_loop(two_groups: bool, skip: bool) -> dict[str, list[torch.Tensor]]:
     return {MASTER: [p.detach() for p in network.parameters()], "ema": averages[0], "ema_1": averages[1]}
 
 
-def _with_deepspeed(processes: Processes, stage: int, accumulation: int, two_groups: bool, skip: bool) -> tuple[dict[str, Any], int, list[float | None]]:
+def _with_deepspeed(
+    processes: Processes, stage: int, accumulation: int, two_groups: bool, skip: bool
+) -> tuple[dict[str, Any], int, list[float | None]]:
     network = _network()
     micro_batch = BATCH // (accumulation * processes.world_size)
     optimizer = CONFIG.build(_groups(network, two_groups))
-    engine = build_engine(network, optimizer, zero(stage), micro_batch=micro_batch, accumulation_steps=accumulation, precision="fp32", clip=CLIP)
+    engine = build_engine(
+        network, optimizer, zero(stage), micro_batch=micro_batch, accumulation_steps=accumulation, precision="fp32", clip=CLIP
+    )
     state, updates, norms = TrainingState(engine, stage, processes), 0, []
     for step in range(STEPS):
         optimizer.begin(Clock(updates + 1, (step + 1) * BATCH, BATCH), CONFIG.learning_rate * (step + 1) / STEPS)
@@ -86,7 +94,11 @@ def _cases(processes: Processes) -> list[Any]:
     return [_with_deepspeed(processes, *case) for case in CASES]
 
 
-CASES = [(stage, accumulation, two, skip) for stage in (0, 1, 2, 3) for accumulation, two, skip in ((1, False, False), (4, True, False), (2, True, True))]
+CASES = [
+    (stage, accumulation, two, skip)
+    for stage in (0, 1, 2, 3)
+    for accumulation, two, skip in ((1, False, False), (4, True, False), (2, True, True))
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -122,4 +134,3 @@ def test_the_rate_warms_up_and_decays(decay: str, middle: float, end: float):
     assert [config.rate(step, 110) for step in (1, 5, 10)] == pytest.approx([0.2, 1.0, 2.0])
     assert config.rate(60, 110) == pytest.approx(2 * middle)
     assert config.rate(110, 110) == pytest.approx(2 * end)
-
