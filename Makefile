@@ -9,7 +9,7 @@ FASTTRAIN := $(PYTHON) -m fasttrain
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 OUT := build/gpu
 DEMO := demo
-SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1797 --steps 18
+SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1797 --steps 18 --guidance 1.5
 
 .PHONY: help demo test lint bench gpu
 
@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## digits -> shards -> a trained transformer -> a score and 
 	$(FASTTRAIN) train configs/quickstart.yaml run_dir=$(DEMO)/run data.train=$(DEMO)/digits
 	$(SCORE) --weights untrained --out $(DEMO)/untrained.json
 	$(SCORE) --weights ema --out $(DEMO)/trained.json
-	$(FASTTRAIN) sample $(DEMO)/run --out $(DEMO)/samples --guidance 1.5
+	$(FASTTRAIN) sample $(DEMO)/run --out $(DEMO)/samples --steps 18 --guidance 1.5
 	@echo
 	@for network in untrained trained; do \
 	  sed -n "s/.*\"frechet_distance\": \([0-9.]*\),/Frechet distance of the $$network network: \1/p" $(DEMO)/$$network.json; \
