@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from fasttrain_kernels.dispatch import here
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoints, Progress
@@ -20,6 +21,7 @@ from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
+from fasttrain.models import attention
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
@@ -75,6 +77,7 @@ class Trainer:
             stack.callback(self.loader.close)
             stack.enter_context(_stopped_by_signals(stop))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
+            reporter.say(self._means())
             self.resume(reporter)
             if config.training.compile:
                 self.engine.compile()
@@ -124,6 +127,16 @@ class Trainer:
         if self.saved_step != self.progress.step:
             self.checkpoints.save(self.state, self.progress, self.identity, self.config.zero_stage)
             self.saved_step = self.progress.step
+
+    def _means(self) -> str:
+        """What this run computes with, told once at its start."""
+        config, device = self.config, self.processes.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+        kernels = here() if config.kernels == "auto" else config.kernels
+        return (
+            f"{self.processes.world_size} x {name}, {config.training.precision}, ZeRO {config.zero_stage}; kernels: {kernels}; "
+            f"attention: {attention.describe()}; optimizer: AdamW with EMA, torch operations"
+        )
 
     def _after_step(self, reporter: Reporter, watch: Stopwatch, last: bool) -> None:
         step, config = self.progress.step, self.config

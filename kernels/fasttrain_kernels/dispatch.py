@@ -34,11 +34,13 @@ def choose(impl: str, *tensors: Tensor) -> str:
     return "reference"
 
 
-def status() -> dict[str, str]:
-    """Each operation -> what `impl="auto"` uses on this machine, and why."""
-    from fasttrain_kernels.cases import CASES  # late: the cases import the operations, and those import this file
-
-    return dict.fromkeys(CASES, _here())
+def here() -> str:
+    """What `impl="auto"` uses on this machine, and why."""
+    if not HAS_TRITON:
+        return "reference (Triton is not installed)"
+    if not torch.cuda.is_available():
+        return "reference (no CUDA device)"
+    return f"triton ({torch.cuda.get_device_name()})"
 
 
 def _obstacle(tensors: tuple[Tensor, ...], cpu_allowed: bool) -> str | None:
@@ -50,11 +52,3 @@ def _obstacle(tensors: tuple[Tensor, ...], cpu_allowed: bool) -> str | None:
         if tensor.dtype == torch.float64:
             return "the kernels compute in fp32, and one tensor is float64"
     return None
-
-
-def _here() -> str:
-    if not HAS_TRITON:
-        return "reference (Triton is not installed)"
-    if not torch.cuda.is_available():
-        return "reference (no CUDA device)"
-    return f"triton ({torch.cuda.get_device_name()})"
