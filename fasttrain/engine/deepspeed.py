@@ -50,7 +50,7 @@ def read_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"deepspeed: unknown key {key!r}; {nearest(key, _ALLOWED)}")
     for key in ("offload_optimizer", "offload_param"):
         if settings.get("zero_optimization", {}).get(key, {}).get("device", "none") != "none":
-            raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it, and use more ranks or a higher stage instead")
+            raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it; use more ranks or a higher stage")
     return settings
 
 

@@ -25,7 +25,7 @@ def test_a_file_and_a_mapping_are_read_alike(tmp_path):
         ({"gradient_clipping": 1.0}, r"set training\.clip instead"),
         ({"optimizer": {"type": "Adam"}}, r"set optimizer instead"),
         ({"zero_optimisation": {}}, r"unknown key 'zero_optimisation'; did you mean 'zero_optimization'"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, r"zero_optimization\.offload_optimizer is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer is not supported"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"zero_optimization\.offload_param is not supported"),
     ],
 )
