@@ -24,7 +24,7 @@ demo: $(INSTALLED)  ## digits -> shards -> a trained transformer -> a score and 
 	$(FASTTRAIN) sample $(DEMO)/run --out $(DEMO)/samples --steps 18 --guidance 1.5
 	@echo
 	@for network in untrained trained; do \
-	  sed -n "s/.*\"frechet_distance\": \([0-9.]*\),/Frechet distance of the $$network network: \1/p" $(DEMO)/$$network.json; \
+	  sed -n "s/.*\"frechet_distance\": \([0-9]*[.][0-9]\{0,3\}\).*/Frechet distance of the $$network network: \1/p" $(DEMO)/$$network.json; \
 	done
 	@echo "samples drawn: $(DEMO)/samples/grid.png"
 
