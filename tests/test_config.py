@@ -1,5 +1,6 @@
 """A config is data: every mistake at once with its path, numbers are numbers, and what was resolved can be read again."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from fasttrain.config import RunConfig, TrainingConfig, load_config, parse_config
 from fasttrain.diffusion.weighting import MinSnr
 from fasttrain.errors import UserError
+from fasttrain.models import MODELS
 from tests.runs import plain_config
 
 
@@ -101,7 +103,8 @@ def test_overrides_reach_into_sections_and_components(tmp_path):
         "diffusion.weighting.gamma=2",
         "data.flip=true",
     )
-    assert config.training.steps == 7 and config.model.depth == 3 and config.model.width == 192 and config.data.flip is True
+    assert config.training.steps == 7 and config.data.flip is True
+    assert config.model == dataclasses.replace(MODELS.build("vit-tiny"), depth=3)
     assert config.plain()["diffusion"]["weighting"] == {"name": "soft_min_snr", "gamma": 2.0}
 
 
