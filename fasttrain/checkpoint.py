@@ -3,7 +3,7 @@
     RUN/checkpoints/
         step-00001000/
             rank-00000.safetensors ...   1-D fp32 slices named `parameter|state|start` (start: index into the flattened parameter)
-            manifest.json                files with sizes and xxh3 digests, shapes, counters, identity of model and data
+            manifest.json                files with sizes and xxh3 digests, shapes, counters, identity of model and data, and its own digest
         latest                           name of the newest one, for people and other tools
 
 The commit (RELIABILITY section 2): write into `step-N.tmp`, fsync, digest; all ranks exchange (ok, digest); rank 0 writes the manifest,
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -63,12 +64,19 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Raises OSError or ValueError where there is no sound manifest."""
         raw = json.loads((folder / "manifest.json").read_text())
-        if raw.get("format") != FORMAT:
-            raise ValueError(f"format {raw.get('format')!r}, this version reads {FORMAT}")
         try:
+            if raw.pop("xxh3") != _content_digest(raw):
+                raise ValueError("manifest.json does not match its own digest")
+            if raw["format"] != FORMAT:
+                raise ValueError(f"format {raw['format']!r}, this version reads {FORMAT}")
             return cls(**{**raw, "progress": Progress(**raw["progress"])})
-        except (TypeError, KeyError) as error:
+        except (AttributeError, TypeError, KeyError) as error:
             raise ValueError(f"manifest.json is incomplete: {error}") from None
+
+    def write(self, folder: Path) -> None:
+        """Writes it durably, with the digest that `read` compares."""
+        raw = dataclasses.asdict(self)
+        _write_durably(folder / "manifest.json", json.dumps({**raw, "xxh3": _content_digest(raw)}, indent=1))
 
 
 class Checkpoints:
@@ -91,8 +99,10 @@ class Checkpoints:
             raise UserError(
                 f"the training state at step {progress.step} holds a non-finite value and is not saved; the checkpoint before it stays"
             )
-        self._prepare(partial)
-        entries, problems = self._collect(self._write_share(partial, state))
+        problems = self._processes.from_main(self._prepare(partial) if self._processes.is_main else [])
+        entries: dict[str, dict[str, Any]] = {}
+        if not problems:
+            entries, problems = self._collect(self._write_share(partial, state))
         if not problems:
             manifest = Manifest(FORMAT, progress, identity, state.shapes, state.keys, self._processes.world_size, zero_stage, entries)
             problems = self._processes.from_main(self._commit(partial, final, manifest) if self._processes.is_main else [])
@@ -128,11 +138,15 @@ class Checkpoints:
                 slices.fill(view, fragment.name, key, fragment.start)
         state.refresh_weights()
 
-    def _prepare(self, partial: Path) -> None:
-        if self._processes.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _prepare(self, partial: Path) -> list[str]:
+        """Makes the folder to write into, and takes away what killed saves have left."""
+        for unfinished in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        try:
             partial.mkdir(parents=True, exist_ok=True)
-        self._processes.barrier()
+        except OSError as error:
+            return [f"rank 0 could not make {partial}: {error.strerror}; make room or mend the disk"]
+        return []
 
     def _write_share(self, partial: Path, state: TrainingState) -> dict[str, Any]:
         path = partial / f"rank-{self._processes.rank:05d}.safetensors"
@@ -151,7 +165,7 @@ class Checkpoints:
 
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> list[str]:
         try:
-            _write_durably(partial / "manifest.json", json.dumps(dataclasses.asdict(manifest), indent=1))
+            manifest.write(partial)
             _sync(partial)
             _move_away(final)
             os.rename(partial, final)
@@ -160,9 +174,14 @@ class Checkpoints:
             os.replace(self.folder / "latest.tmp", self.folder / "latest")
         except OSError as error:
             return [f"rank 0 could not commit {final}: {error}; make room or mend the disk"]
-        for old in [*self._folders()[self._keep_last :], *self.folder.glob("*.replaced")]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._forget_before(final)
         return []
+
+    def _forget_before(self, newest: Path) -> None:
+        """Keeps the last k up to this one. Later steps do not count: they were passed over, and must not push out what can be trusted."""
+        sound = [folder for folder in self._folders() if folder.name <= newest.name]
+        for old in [*sound[self._keep_last :], *self.folder.glob("*.replaced")]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         return sorted((f for f in self.folder.glob("step-*") if f.is_dir() and not f.suffix), reverse=True)
@@ -258,6 +277,10 @@ def _damage(path: Path, entry: dict[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"{path.name} has {size} bytes instead of {entry['bytes']}"
     return None if digest(path) == entry["xxh3"] else f"{path.name} does not match its digest"
+
+
+def _content_digest(raw: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(raw, sort_keys=True).encode())
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -108,9 +108,20 @@ def test_every_flip_and_truncation_falls_back_to_the_one_before(saved: Path, dig
     assert all(damages[i][0].split("/")[1] in passed_over[0] for i, (_, passed_over) in enumerate(found))
 
 
+def _flips_of_content(path: Path, count: int) -> list[tuple[str, str, int]]:
+    """Single-bit flips that change what a JSON file says: spaces between its values may turn into other spaces."""
+    sound, chance, damages = path.read_bytes(), random.Random(1), []
+    while len(damages) < count:
+        where = chance.randrange(len(sound) * 8)
+        if not chr(sound[where // 8]).isspace():
+            damages.append((f"{path.parent.name}/{path.name}", "flip", where))
+    return damages
+
+
 def test_a_damaged_manifest_falls_back_too(saved: Path, digits: Path):
     size = (saved / "checkpoints/step-00000006/manifest.json").stat().st_size
     damages = [("step-00000006/manifest.json", "cut", where) for where in (0, 10, size // 2, size - 3)]
+    damages += _flips_of_content(saved / "checkpoints/step-00000006/manifest.json", 200)
     [found] = run_ranks(1, _newest, _raw(saved, digits, 2, "fp32"), damages)
     assert [name for name, _ in found] == ["step-00000003"] * len(damages)
 
@@ -154,6 +165,52 @@ def test_unfinished_checkpoints_are_not_looked_at(saved: Path, digits: Path, tmp
     shutil.copytree(folder / "checkpoints/step-00000006", folder / "checkpoints/step-00000009.tmp")
     [found] = run_ranks(1, _newest, _raw(folder, digits, 2, "fp32"), [("latest", "cut", 0)])
     assert found == [("step-00000006", [])]
+
+
+def _save_steps(processes: Processes, raw: dict[str, Any], steps: list[int], keep_last: int) -> None:
+    trainer = start(processes, raw)
+    trainer.checkpoints._keep_last = keep_last
+    for step in steps:
+        trainer.progress = dataclasses.replace(trainer.progress, step=step)
+        trainer.save()
+    trainer.loader.close()
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(digits: Path, tmp_path: Path):
+    raw = _raw(tmp_path / "run", digits, 1, "fp32")
+    folder = tmp_path / "run" / "checkpoints"
+    run_ranks(1, _save_steps, raw, [5, 10], 2)
+    (folder / "step-00000010" / "manifest.json").write_text("{}")
+    run_ranks(1, _save_steps, raw, [7], 1)
+    [[(name, passed_over)]] = run_ranks(1, _newest, raw, [("latest", "cut", 0)])
+    assert name == "step-00000007" and "step-00000010" in passed_over[0]
+    assert not (folder / "step-00000005").exists()
+
+
+def test_what_a_killed_save_left_is_taken_away(digits: Path, tmp_path: Path):
+    left = tmp_path / "run/checkpoints/step-00000003.tmp"
+    left.mkdir(parents=True)
+    (left / "rank-00000.safetensors").write_bytes(b"half")
+    run_ranks(1, _save_steps, _raw(tmp_path / "run", digits, 1, "fp32"), [5], 2)
+    assert not left.exists()
+
+
+def _save_where_no_folder_can_be(processes: Processes, raw: dict[str, Any]) -> str:
+    trainer = start(processes, raw)
+    if processes.is_main:
+        trainer.checkpoints.folder.write_text("a file in the way")
+    try:
+        trainer.save()
+    except UserError as error:
+        return str(error)
+    finally:
+        trainer.loader.close()
+    return "saved"
+
+
+def test_every_rank_learns_that_rank_0_cannot_make_the_folder(digits: Path, tmp_path: Path):
+    messages = run_ranks(2, _save_where_no_folder_can_be, _raw(tmp_path / "run", digits, 1, "fp32"))
+    assert all("rank 0 could not make" in message and "make room or mend the disk" in message for message in messages)
 
 
 def test_weights_are_read_without_processes(saved: Path):
