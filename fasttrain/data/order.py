@@ -1,4 +1,4 @@
-"""Which sample is seen at which position: a pure function of (seed, n), with locality [DESIGN decision 5].
+"""Which sample is seen at which position: a pure function of (seed, n), with locality.
 
     epoch e = n // N, p = n % N         N samples, each once an epoch
     1. the epoch's shards are permuted and joined to one sequence of N samples;

@@ -62,7 +62,7 @@ class Processes:
 class StopFlag:
     """A request to stop that reaches every process in the same step, one step after it was made.
 
-    The launchers send SIGTERM to one rank at a time (RELIABILITY section 1), so the request is reduced among all ranks. The reduction
+    The launchers send SIGTERM to one rank at a time, so the request is reduced among all ranks. The reduction
     runs on the CPU beside the step and is read one step later: the device is never waited for.
     """
 
@@ -135,7 +135,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def _limit_every_group(timeout_seconds: float) -> None:
-    """Gives the groups that DeepSpeed makes for itself the same limit: it passes none on (ENVIRONMENT section 3)."""
+    """Gives the groups that DeepSpeed makes for itself the same limit: it passes no limit on."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.distributed_c10d.default_pg_timeout = timeout
     if hasattr(dist.distributed_c10d, "default_pg_nccl_timeout"):
