@@ -48,7 +48,8 @@ def int64_tensor(value: Tensor | int, device: torch.device | None) -> Tensor:
     """A tensor as it is; a Python int, taken modulo 2^64, as a [] int64 tensor on `device`."""
     if isinstance(value, Tensor):
         return value
-    return torch.tensor((int(value) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    # Filled on the device: torch.tensor would copy from the host and wait for the device, several times a step.
+    return torch.full((), (int(value) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
 def philox(seed: Tensor | int, index: Tensor | int, purpose: Tensor | int, position: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
