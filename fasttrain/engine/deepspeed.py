@@ -20,10 +20,28 @@ _ALLOWED = (
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "zero_force_ds_cpu_optimizer",
-    "aio",
     "comms_logger",
 )
+# What training and checkpoints here are tested with.
+_ZERO_ALLOWED = (
+    "stage",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)
+_ZERO_UNSUPPORTED = {
+    "offload_optimizer": "use more ranks or a higher stage",
+    "offload_param": "use more ranks or a higher stage",
+    "round_robin_gradients": "checkpoints would name the parameters in another order",
+}
 _OWNED_BY_RUN = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
@@ -48,10 +66,19 @@ def read_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"deepspeed: {key!r} conflicts with the run's config; remove it there and set {_OWNED_BY_RUN[key]} instead")
         if key not in _ALLOWED:
             raise UserError(f"deepspeed: unknown key {key!r}; {nearest(key, _ALLOWED)}")
-    for key in ("offload_optimizer", "offload_param"):
-        if settings.get("zero_optimization", {}).get(key, {}).get("device", "none") != "none":
-            raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it; use more ranks or a higher stage")
+    _check_zero(settings.get("zero_optimization", {}))
     return settings
+
+
+def _check_zero(zero: Any) -> None:
+    if not isinstance(zero, Mapping):
+        raise UserError(f'deepspeed: zero_optimization must be a mapping such as {{"stage": 1}}, got {zero!r}')
+    for key, value in zero.items():
+        if key in _ZERO_UNSUPPORTED:
+            if value not in (None, False, {"device": "none"}):
+                raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it; {_ZERO_UNSUPPORTED[key]}")
+        elif key not in _ZERO_ALLOWED:
+            raise UserError(f"deepspeed: unknown key zero_optimization.{key}; {nearest(key, _ZERO_ALLOWED)}")
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
@@ -85,6 +112,7 @@ def build_engine(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip or 0.0,
         "bf16": {"enabled": precision == "bf16"},
+        **_accumulation_type(zero_stage(settings), precision, accumulation_steps),
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
@@ -92,6 +120,17 @@ def build_engine(
     if zero_stage(settings) == 0 and precision == "fp32":
         _let_optimizer_guard(engine, optimizer, clip)
     return engine
+
+
+def accumulates_in_bf16(stage: int, precision: str, accumulation_steps: int) -> bool:
+    """Whether micro-batches' gradients are summed in bf16, which rounds at each: DeepSpeed sums in fp32 from stage 2 on."""
+    return precision == "bf16" and accumulation_steps > 1 and stage < 2
+
+
+def _accumulation_type(stage: int, precision: str, accumulation_steps: int) -> dict[str, Any]:
+    if precision == "fp32" or accumulation_steps == 1 or accumulates_in_bf16(stage, precision, accumulation_steps):
+        return {}
+    return {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
 def gradient_norm(engine: Any) -> float | None:
