@@ -27,7 +27,7 @@ _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset",
 
 
 def resolve(config: RunConfig, index: Index) -> RunConfig:
-    """The config with the model's open fields filled in from the shards.
+    """The config with the model's open fields filled in from the shards, and DeepSpeed's settings in place of their file's name.
 
     Raises:
         UserError: the shards' shape, classes or VAE contradict the config; the message names both keys.
@@ -55,7 +55,7 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
         model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes, kernels=kernels)
     except ValueError as error:
         raise UserError(f"{error}; input_size comes from {config.data.train}") from None
-    return config.model_copy(update={"model": model})
+    return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings()})
 
 
 def identity(config: RunConfig, index: Index) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def read_run(folder: Path) -> tuple[RunConfig, Index]:
         index = Index.model_validate_json((folder / "data.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'data.json'} cannot be read ({error}); train the run again, or restore it") from None
-    return load_config(path, [f"run_dir={folder}"]), index
+    return load_config(path).model_copy(update={"run_dir": folder}), index
 
 
 def environment(processes: Processes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fasttrain.data.index import Index
 from fasttrain.engine.fragments import MASTER
 from fasttrain.engine.optimizer import ema_name
 from fasttrain.errors import UserError
-from fasttrain.run import read_run
+from fasttrain.run import check_identity, identity, read_run
 from fasttrain.sampling.generate import Generator
 from fasttrain.sampling.heun import Heun
 from fasttrain.trainer import build_network
@@ -45,7 +45,7 @@ class Trained:
             weights: "ema" (or "ema_1" ...), "raw", or "untrained" for the network as it was before the first step.
 
         Raises:
-            UserError: no run, no checkpoint, a damaged one, or no such weights.
+            UserError: no run, no checkpoint, a damaged one, one of another config than the folder's, or no such weights.
         """
         config, index = read_run(run_dir)
         if weights not in (known := [*_averages(config), RAW, UNTRAINED]):
@@ -54,8 +54,11 @@ class Trained:
         step = 0
         if weights != UNTRAINED:
             folder = newest_folder(run_dir)
-            network.load_state_dict(read_weights(folder, MASTER if weights == RAW else weights), strict=False)
-            step = Manifest.read(folder).progress.step
+            tensors = read_weights(folder, MASTER if weights == RAW else weights)
+            manifest = Manifest.read(folder)
+            check_identity(identity(config, index), manifest.identity, folder)
+            network.load_state_dict(tensors, strict=False)  # what is not trained is not in a checkpoint
+            step = manifest.progress.step
         return cls(config, index, network.to(device).eval(), describe(config, weights), step)
 
     def generator(self, steps: int, guidance: float, seed: int) -> Generator:

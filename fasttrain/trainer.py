@@ -4,6 +4,7 @@ import dataclasses
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from fasttrain_kernels.dispatch import here
 from torch import nn
 
-from fasttrain.checkpoint import Checkpoints, Progress
+from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.diffusion.objective import Objective
-from fasttrain.engine.deepspeed import build_engine, gradient_norm
+from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
@@ -70,25 +71,26 @@ class Trainer:
     def fit(self, profile_steps: int = 0) -> bool:
         """Trains to the last step, from the newest good checkpoint on. True when done; False when stopped early by a signal, saved."""
         config = self.config
+        found = self.find_checkpoint()
         write_folder(config, self.index, self.processes)
-        stop, watch = StopFlag(self.processes), Stopwatch()
+        stop = StopFlag(self.processes)
         with ExitStack() as stack:
             reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
             stack.callback(self.loader.close)
             stack.enter_context(_stopped_by_signals(stop))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
-            self.resume(reporter)
+            self.resume(reporter, found)
             if config.training.compile:
                 self.engine.compile()
             self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)
-            stopped = False
+            watch, stopped = Stopwatch(), False
             while self.progress.step < config.training.steps and not stopped:
                 self.train_step()
                 profiler.step()
                 reporter.advance(self.progress.step)
                 stopped = stop.poll()
-                self._after_step(reporter, watch, last=stopped or self.progress.step == config.training.steps)
+                self._after_step(reporter, watch, stopped)
             stop.close()
             return not stopped
 
@@ -107,16 +109,23 @@ class Trainer:
         applied = int(self.engine.was_step_applied())
         self.progress = Progress(self.progress.step + 1, next_position, self.progress.updates + applied)
 
-    def resume(self, reporter: Reporter) -> None:
-        """Continues from the newest checkpoint that verifies, of any world size and ZeRO stage; starts anew where there is none."""
+    def find_checkpoint(self) -> tuple[Path, Manifest, list[str]] | None:
+        """The newest checkpoint that verifies, and what was passed over. Refuses another run's before anything is written over it."""
         found = self.checkpoints.newest()
+        if found is not None:
+            folder, manifest, _ = found
+            check_identity(self.identity, manifest.identity, folder)
+            check_fits(manifest, self.state.shapes, self.state.keys, folder)
+        return found
+
+    def resume(self, reporter: Reporter, found: tuple[Path, Manifest, list[str]] | None) -> None:
+        """Continues from a checkpoint of any world size and ZeRO stage; starts anew where there is none."""
         if found is None:
             reporter.say(f"starting in {self.config.run_dir}")
             return
         folder, manifest, passed_over = found
         for damaged in passed_over:
             reporter.say(f"passed over a damaged checkpoint: {damaged}")
-        check_identity(self.identity, manifest.identity, folder)
         self.checkpoints.load(self.state, folder, manifest)
         self.progress = manifest.progress
         self.saved_step = self._reported_step = self.progress.step
@@ -133,21 +142,26 @@ class Trainer:
         config, device = self.config, self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
         kernels = here() if config.kernels == "auto" else config.kernels
+        summed = accumulates_in_bf16(config.zero_stage, config.training.precision, self.accumulation_steps)
+        rounding = f"; gradients of {self.accumulation_steps} micro-batches summed in bf16 (in fp32 from ZeRO 2 on)" if summed else ""
         return (
             f"{self.processes.world_size} x {name}, {config.training.precision}, ZeRO {config.zero_stage}; kernels: {kernels}; "
-            f"attention: {attention.describe()}; optimizer: AdamW with EMA, torch operations"
+            f"attention: {attention.describe()}; optimizer: AdamW with EMA, torch operations{rounding}"
         )
 
-    def _after_step(self, reporter: Reporter, watch: Stopwatch, last: bool) -> None:
+    def _after_step(self, reporter: Reporter, watch: Stopwatch, stopped: bool) -> None:
         step, config = self.progress.step, self.config
+        finished = step == config.training.steps
+        last = stopped or finished
         if last or step % config.log.every == 0:
             reporter.report(self._record(watch))
         with watch.pause():
             if last or step % config.checkpoint.every == 0:
                 self.save()
-            held_out = config.log.held_out_every and (last or step % config.log.held_out_every == 0)
-            grid = config.sampling.every and (last or step % config.sampling.every == 0)
-            if held_out or grid:
+            # Who asks for a stop does not wait for pictures: launchers kill after half a minute.
+            held_out = config.log.held_out_every and (finished or step % config.log.held_out_every == 0)
+            grid = config.sampling.every and (finished or step % config.sampling.every == 0)
+            if (held_out or grid) and not stopped:
                 self._look(reporter, bool(held_out), bool(grid))
 
     def _look(self, reporter: Reporter, held_out: bool, grid: bool) -> None:
@@ -158,8 +172,8 @@ class Trainer:
             reporter.write({"step": self.progress.step, "position": self.progress.position, **losses})
         if grid:
             path = self.config.run_dir / "samples" / f"step-{self.progress.step:08d}.png"
-            if self.preview.draw(path):
-                reporter.say(f"samples drawn to {path}")
+            drawn = self.preview.draw(path)
+            reporter.say(f"samples drawn to {path}" if drawn else "no samples drawn: they are latents; data.vae must say what decodes them")
 
     def _record(self, watch: Stopwatch) -> dict[str, Any]:
         """What the run tells at a log interval; the only place where our code waits for the device."""

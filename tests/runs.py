@@ -82,7 +82,7 @@ def start(processes: Processes, raw: dict[str, Any]) -> Trainer:
     trainer = Trainer(parse_config(raw, "test"), processes)
     trainer.config.run_dir.mkdir(parents=True, exist_ok=True)
     with Reporter(trainer.config.run_dir, processes, 1, tensorboard=False) as reporter:
-        trainer.resume(reporter)
+        trainer.resume(reporter, trainer.find_checkpoint())
     trainer.batches = trainer.loader.batches(trainer.progress.position, trainer.micro_batch, processes.rank, processes.world_size)
     return trainer
 

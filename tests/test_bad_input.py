@@ -179,13 +179,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         ("model.name=dit", ["model"]),
         ("optimizer.ema=[]", ["optimizer.ema as it was"]),
         ("seed=5", ["seed 0, this config says 5"]),
+        ("diffusion.prediction=v", ["diffusion.prediction name 'x0', this config says name 'v'"]),
     ],
 )
 def test_a_checkpoint_of_another_model(trained, override, named):
-    before = contents(trained.parent / "run" / "checkpoints")
+    before = contents(trained.parent / "run")
     overrides = ["model={name: dit, depth: 2, width: 32, heads: 2}"] if override == "model.name=dit" else [override]
     assert_one_message(fasttrain("train", trained, *overrides, "training.steps=5"), "step-00000003", *named)
-    assert contents(trained.parent / "run" / "checkpoints") == before
+    assert contents(trained.parent / "run") == before
 
 
 def test_a_run_without_checkpoints_has_nothing_to_sample(tmp_path, trained):
