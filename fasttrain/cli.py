@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = _told(error)
         if args.debug or told is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        # Before the ranks have joined, all meet the same mistake and rank 0 tells it.
+        if not getattr(error, "told_elsewhere", os.environ.get("RANK", "0") != "0"):
             print(f"fasttrain: {told}", file=sys.stderr)
         return USER_ERROR
     return 0

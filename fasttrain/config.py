@@ -115,6 +115,12 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if self.log.held_out_every and not self.data.held_out:
             raise ValueError("log.held_out_every needs data.held_out: the number of images kept out of training")
+        if not self.optimizer.ema and (self.log.held_out_every or self.sampling.every):
+            raise ValueError("log.held_out_every and sampling.every look at the averaged weights: give optimizer.ema an average")
+        if self.sampling.every and self.sampling.guidance != 1 and not self.diffusion.label_drop:
+            raise ValueError(
+                f"sampling.guidance {self.sampling.guidance} needs diffusion.label_drop > 0, which trains the null label; or set it to 1"
+            )
         # Models without a table of timesteps take any.
         rows, timesteps = getattr(self.model, "num_timesteps", None), self.diffusion.schedule.num_timesteps
         if rows is not None and rows < timesteps:

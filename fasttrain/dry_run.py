@@ -19,7 +19,7 @@ GIB = 2**30
 
 def dry_run(config: RunConfig) -> None:
     """Prints parameters, FLOPs and memory per ZeRO stage and rank, reads one batch, and checks everything a start would check."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     shards = ShardSet.open(config.data.train, config.data.verify)
     config = resolve(config, shards.index)

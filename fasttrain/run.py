@@ -50,6 +50,8 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
         )
     _check_vae(config, index)
     num_classes = index.num_classes if model.num_classes is None else model.num_classes
+    if not num_classes and config.sampling.every and config.sampling.guidance != 1:
+        raise UserError(f"sampling.guidance {config.sampling.guidance} needs classes, and this model has none: set it to 1")
     kernels = config.kernels if model.kernels == "auto" else model.kernels
     try:
         model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes, kernels=kernels)
@@ -66,7 +68,11 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
         "model": model,
         "diffusion.schedule": diffusion["schedule"],
         "diffusion.prediction": diffusion["prediction"],
-        "data": {"labels": index.labels_xxh3, "shards": [shard.xxh3 for shard in index.shards], "held_out": config.data.held_out},
+        "data": {
+            "labels": index.labels_xxh3,
+            "shards": [shard.xxh3 for shard in index.shards],
+            **config.data.model_dump(include={"held_out", "normalise"}),
+        },
         "seed": config.seed,
     }
 

@@ -73,6 +73,8 @@ class Trained:
         key = torch.tensor(seed, device=device)
         if steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
+        if guidance != 1 and not d.label_drop:
+            raise UserError(f"--guidance {guidance}: this run's null label was never trained (diffusion.label_drop is 0): set it to 1")
         return Generator(
             self.network,
             d.schedule,

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from fasttrain_kernels.dispatch import here
+from fasttrain_kernels.dispatch import choose, here
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
@@ -21,6 +21,7 @@ from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradie
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
+from fasttrain.errors import UserError
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models import attention
 from fasttrain.models.flops import TRAINING
@@ -45,6 +46,7 @@ class Trainer:
         self.dtype = DTYPES[config.training.precision]
         self.seed = torch.tensor(config.seed, device=processes.device)
         self.identity = identity(config, shards.index)
+        _check_kernels(config, self.seed)
         self.objective = build_objective(config, self.seed)
         self.loader = training_loader(config.data, shards, self.seed)
         held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
@@ -194,6 +196,14 @@ class Trainer:
             "mfu": flops / peak if peak else None,
             "seconds_left": (self.config.training.steps - self.progress.step) * seconds / max(steps, 1),
         }
+
+
+def _check_kernels(config: RunConfig, seed: torch.Tensor) -> None:
+    for key, wanted in (("kernels", config.kernels), ("model.kernels", config.model.kernels)):
+        try:
+            choose(wanted, seed)
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def build_network(config: RunConfig) -> nn.Module:

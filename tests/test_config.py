@@ -164,3 +164,16 @@ def test_batches_that_do_not_divide(micro_batch, world_size, named):
     with pytest.raises(UserError, match=r"training\.global_batch 16") as error:
         TrainingConfig(steps=1, global_batch=16, micro_batch=micro_batch).accumulation_steps(world_size)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optimizer": {"ema": []}, "sampling": {"every": 5}}, "give optimizer.ema an average"),
+        ({"optimizer": {"ema": []}, "log": {"held_out_every": 5}, "data": {"held_out": 5}}, "give optimizer.ema an average"),
+        ({"diffusion": {"label_drop": 0.0}, "sampling": {"every": 5, "guidance": 1.5}}, "needs diffusion.label_drop > 0"),
+    ],
+)
+def test_what_would_fail_at_the_first_look_fails_at_once(sections, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(plain_config("run", "shards", **sections), "test")

@@ -144,6 +144,12 @@ def test_other_shards_are_another_run(tmp_path, digits, index):
         check_identity(identity(mine, changed), identity(mine, index), Path("step-1"))
 
 
+def test_latents_of_another_scale_are_another_run(tmp_path, digits, index):
+    mine, other = (run_config(tmp_path, digits, data={"normalise": scale}) for scale in ("channel", "vae"))
+    with pytest.raises(UserError, match="data normalise 'vae', this config says normalise 'channel'"):
+        check_identity(identity(resolve(mine, index), index), identity(resolve(other, index), index), Path("step-1"))
+
+
 def test_identity_is_plain_json(tmp_path, digits, index):
     mine = identity(resolve(run_config(tmp_path, digits), index), index)
     assert json.loads(json.dumps(mine)) == mine

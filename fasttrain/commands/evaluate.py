@@ -34,14 +34,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size"
         )
-    processes = distributed.start(TIMEOUT_SECONDS)
-    try:
+    with distributed.joined(TIMEOUT_SECONDS) as processes:
         trained = Trained.load(args.run, args.weights, processes.device)
         _, _, images = generate_images(trained, args, processes)
         if processes.is_main:
             _score(args, trained, images, reference)
-    finally:
-        distributed.finish()
 
 
 def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8], reference: ShardSet) -> None:

@@ -38,14 +38,11 @@ def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> Non
 
 
 def run(args: argparse.Namespace) -> None:
-    processes = distributed.start(TIMEOUT_SECONDS)
-    try:
+    with distributed.joined(TIMEOUT_SECONDS) as processes:
         trained = Trained.load(args.run, args.weights, processes.device)
         numbers, labels, images = generate_images(trained, args, processes, wanted=args.labels)
         if processes.is_main:
             _write(args.out or args.run / "samples" / args.weights, numbers, labels, images)
-    finally:
-        distributed.finish()
 
 
 def generate_images(

@@ -29,12 +29,9 @@ def run(args: argparse.Namespace) -> None:
         return dry_run(config)
     from fasttrain.trainer import Trainer
 
-    processes = distributed.start(config.training.timeout_seconds)
-    try:
+    with distributed.joined(config.training.timeout_seconds) as processes:
         trainer = Trainer(config, processes)
         done = trainer.fit(profile_steps=args.profile)
-    finally:
-        distributed.finish()
     if processes.is_main:
         step, total = trainer.progress.step, config.training.steps
         told = f"trained {step} steps" if done else f"stopped and saved at step {step} of {total}; run the same command to continue"

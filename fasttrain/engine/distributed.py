@@ -2,6 +2,8 @@
 
 import datetime
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +100,31 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+@contextmanager
+def joined(timeout_seconds: float) -> Iterator[Processes]:
+    """The processes of a run, for as long as the block lasts.
+
+    A mistake that ends it carries `told_elsewhere`: whether another rank has met the same one and tells it. One that only this rank
+    meets, such as a damaged shard, would be lost if only rank 0 spoke.
+    """
+    try:
+        yield start(timeout_seconds)
+    except (UserError, OSError) as error:
+        error.told_elsewhere = not _first_to_meet(str(error))  # type: ignore[union-attr]
+        raise
+    finally:
+        finish()
+
+
+def _first_to_meet(told: str) -> bool:
+    if not dist.is_initialized():
+        return True  # joining failed: what it met is this rank's own
+    try:
+        return dist.distributed_c10d._get_default_store().add(f"fasttrain/told/{told}", 1) == 1
+    except RuntimeError:
+        return True  # rank 0, which keeps the store, has gone
+
+
 def start(timeout_seconds: float) -> Processes:
     """Joins the process group named by the launcher's environment, or makes a group of one.
 
@@ -111,6 +138,8 @@ def start(timeout_seconds: float) -> Processes:
     # A process alone has nobody to meet, also when an earlier start in this process has set the ranks.
     alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
     group: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError("RANK and WORLD_SIZE are set, LOCAL_RANK is not: export it too (under srun: LOCAL_RANK=$SLURM_LOCALID)")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = _device(local_rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
