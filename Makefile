@@ -9,7 +9,7 @@ FASTTRAIN := $(PYTHON) -m fasttrain
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 OUT := build/gpu
 DEMO := demo
-SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1797 --steps 18 --guidance 1.5
+SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1000 --steps 12 --guidance 1.5
 
 .PHONY: help demo test lint bench gpu
 

@@ -27,6 +27,8 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit status: 0, or 2 for a mistake that the user can mend."""
+    # Threads that spin at each other's barriers slow a CPU run ninefold when anything else wants a core. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     args = _parse(given)
     try:
