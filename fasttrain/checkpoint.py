@@ -6,7 +6,7 @@
             manifest.json                files with sizes and xxh3 digests, shapes, counters, identity of model and data, and its own digest
         latest                           name of the newest one, for people and other tools
 
-The commit (RELIABILITY section 2): write into `step-N.tmp`, fsync, digest; all ranks exchange (ok, digest); rank 0 writes the manifest,
+The commit: write into `step-N.tmp`, fsync, digest; all ranks exchange (ok, digest); rank 0 writes the manifest,
 fsyncs, renames the folder, fsyncs the parent, and moves the pointer. A reader trusts only a folder whose manifest and digests verify,
 and goes backwards until one does.
 """
@@ -24,10 +24,10 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fasttrain.digest import digest
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.errors import UserError
+from fasttrain.files import digest, sync, write_whole
 
 FORMAT = 1
 
@@ -115,8 +115,8 @@ class Checkpoints:
     def newest(self) -> tuple[Path, Manifest, list[str]] | None:
         """The newest checkpoint that verifies, agreed by all ranks, and what was passed over on the way to it."""
         passed_over: list[str] = []
-        for folder in self._processes.from_main([str(f) for f in self._folders()] if self._processes.is_main else None):
-            manifest, problem = self._verify(Path(folder))
+        for folder in self._processes.from_main([str(f) for f in _folders(self.folder)] if self._processes.is_main else None):
+            manifest, problem = _verify(Path(folder), self._processes.rank, self._processes.world_size)
             problems = [p for p in self._processes.gather(problem) if p]
             if manifest is not None and not problems:
                 return Path(folder), manifest, passed_over
@@ -149,10 +149,10 @@ class Checkpoints:
 
     def _write_share(self, partial: Path, state: TrainingState) -> dict[str, Any]:
         path = partial / f"rank-{self._processes.rank:05d}.safetensors"
-        tensors = {f"{f.name}|{key}|{f.start}": view.detach().cpu().clone() for f in state.owned() for key, view in f.state.items()}
+        tensors = {f"{f.name}|{key}|{f.start}": _copied(view) for f in state.owned() for key, view in f.state.items()}
         try:
             save_file(tensors, path)
-            _sync(path)
+            sync(path)
             return {"file": path.name, "bytes": path.stat().st_size, "xxh3": digest(path)}
         except (OSError, SafetensorError) as error:
             return {"problem": f"rank {self._processes.rank} could not write {path}: {error}; make room or mend the disk"}
@@ -165,12 +165,11 @@ class Checkpoints:
     def _commit(self, partial: Path, final: Path, manifest: Manifest) -> list[str]:
         try:
             manifest.write(partial)
-            _sync(partial)
+            sync(partial)
             _move_away(final)
             os.rename(partial, final)
-            _sync(self.folder)
-            _write_durably(self.folder / "latest.tmp", final.name + "\n")
-            os.replace(self.folder / "latest.tmp", self.folder / "latest")
+            sync(self.folder)
+            write_whole(self.folder / "latest", final.name + "\n")
         except OSError as error:
             return [f"rank 0 could not commit {final}: {error}; make room or mend the disk"]
         self._forget_before(final)
@@ -178,24 +177,9 @@ class Checkpoints:
 
     def _forget_before(self, newest: Path) -> None:
         """Keeps the last k up to this one. Later steps do not count: they were passed over, and must not push out what can be trusted."""
-        sound = [folder for folder in self._folders() if folder.name <= newest.name]
+        sound = [folder for folder in _folders(self.folder) if folder.name <= newest.name]
         for old in [*sound[self._keep_last :], *self.folder.glob("*.replaced")]:
             shutil.rmtree(old, ignore_errors=True)
-
-    def _folders(self) -> list[Path]:
-        return sorted((f for f in self.folder.glob("step-*") if f.is_dir() and not f.suffix), reverse=True)
-
-    def _verify(self, folder: Path) -> tuple[Manifest | None, str | None]:
-        """Every rank reads the manifest and digests its share of the files."""
-        try:
-            manifest = Manifest.read(folder)
-        except (OSError, ValueError) as error:
-            return None, str(error)
-        for name in sorted(manifest.files)[self._processes.rank :: self._processes.world_size]:
-            problem = _damage(folder / name, manifest.files[name])
-            if problem:
-                return manifest, problem
-        return manifest, None
 
 
 def check_fits(manifest: Manifest, shapes: dict[str, list[int]], states: list[str], folder: Path) -> None:
@@ -214,26 +198,55 @@ def check_fits(manifest: Manifest, shapes: dict[str, list[int]], states: list[st
         )
 
 
-def read_weights(folder: Path, key: str) -> dict[str, torch.Tensor]:
-    """Every parameter whole, fp32, from a checkpoint: `key` is "master" or the name of an average. Needs no process group.
+def newest_sound(run_dir: Path) -> tuple[Path, Manifest, list[str]]:
+    """The newest checkpoint of a run that verifies, and what was passed over on the way to it. Needs no process group.
 
     Raises:
-        UserError: the checkpoint is damaged, or keeps no such state.
+        UserError: there is none.
     """
-    try:
-        manifest = Manifest.read(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no sound checkpoint: {error}") from None
+    passed_over: list[str] = []
+    for folder in _folders(run_dir / "checkpoints"):
+        manifest, problem = _verify(folder)
+        if manifest is not None and problem is None:
+            return folder, manifest, passed_over
+        passed_over.append(f"{folder.name}: {problem}")
+    if passed_over:
+        raise UserError(f"no checkpoint of {run_dir} can be trusted:\n  " + "\n  ".join(passed_over))
+    raise UserError(
+        f"{run_dir} has no checkpoint yet: let `fasttrain train` reach its first (checkpoint.every), or stop it with Ctrl-C, which saves"
+    )
+
+
+def read_weights(folder: Path, manifest: Manifest, key: str) -> dict[str, torch.Tensor]:
+    """Every parameter whole, fp32, from a verified checkpoint: `key` is "master" or the name of an average. Needs no process group.
+
+    Raises:
+        UserError: it keeps no such state.
+    """
     if key not in manifest.states:
         raise UserError(f"{folder} keeps no {key!r}; it has: {', '.join(manifest.states)}")
-    for name, entry in manifest.files.items():
-        if problem := _damage(folder / name, entry):
-            raise UserError(f"{folder} is damaged: {problem}; use another checkpoint")
     slices = _Slices(folder, manifest)
     weights = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
     for name, weight in weights.items():
         slices.fill(weight.view(-1), name, key, 0)
     return weights
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The committed checkpoints, newest first."""
+    return sorted((f for f in folder.glob("step-*") if f.is_dir() and not f.suffix), reverse=True)
+
+
+def _verify(folder: Path, rank: int = 0, world_size: int = 1) -> tuple[Manifest | None, str | None]:
+    """The manifest, and what is wrong with it or with this rank's share of the files."""
+    try:
+        manifest = Manifest.read(folder)
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    for name in sorted(manifest.files)[rank::world_size]:
+        if problem := _damage(folder / name, manifest.files[name]):
+            return manifest, problem
+    return manifest, None
 
 
 class _Slices:
@@ -260,6 +273,11 @@ class _Slices:
             raise UserError(f"the checkpoint lacks {view.numel() - filled} elements of {parameter} ({key}); use another one")
 
 
+def _copied(view: torch.Tensor) -> torch.Tensor:
+    """On the CPU and with memory of its own: views of one flat buffer cannot be written as they are."""
+    return torch.empty_like(view, device="cpu").copy_(view)
+
+
 def _move_away(folder: Path) -> None:
     """Makes way for a checkpoint of the same step (a damaged one, passed over): deleted only when the new one stands."""
     replaced = folder.with_suffix(".replaced")
@@ -284,12 +302,4 @@ def _content_digest(raw: dict[str, Any]) -> str:
 
 def _write_durably(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

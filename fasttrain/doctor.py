@@ -4,7 +4,6 @@ Packages are found by their metadata and files, never imported, so that a broken
 imported, and only when the report is made.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from fasttrain.versions import installed
 
 GIB = 2**30
 
@@ -123,7 +124,7 @@ def _gpus() -> Iterable[Finding]:
 
 def _packages() -> Iterable[Finding]:
     for package in PACKAGES:
-        version = _version(package.name)
+        version = installed(package.name)
         if version is None:
             yield Finding(package.name, "not installed", package.remedy or f"pip install '{package.requirement()}'")
         else:
@@ -153,7 +154,7 @@ def _triton_runs() -> Iterable[Finding]:
 
 
 def _flash_attention() -> Iterable[Finding]:
-    version = _version("flash-attn")
+    version = installed("flash-attn")
     yield Finding(
         "flash-attn", f"{version} installed; attention does not need it" if version else "not installed; attention does not need it"
     )
@@ -199,10 +200,3 @@ def _optimizer() -> Iterable[Finding]:
 
 def _present(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

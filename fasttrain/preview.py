@@ -11,8 +11,7 @@ from fasttrain.config import RunConfig
 from fasttrain.data.loader import Loader
 from fasttrain.diffusion.objective import Loss, Objective
 from fasttrain.engine.distributed import Processes
-from fasttrain.sampling.generate import Generator
-from fasttrain.sampling.heun import Heun
+from fasttrain.generation import build_generator
 from fasttrain.sampling.images import save_grid, to_uint8
 
 Decode = Callable[[Tensor], Tensor]
@@ -20,6 +19,9 @@ Decode = Callable[[Tensor], Tensor]
 # Held-out noise, timesteps and sample noise are drawn under other keys than training's.
 HELD_OUT_KEY = 0x68656C64
 SAMPLE_KEY = 0x73616D70
+
+# Samples drawn and decoded at once: a VAE's decoder needs gigabytes for a few dozen pictures.
+BATCH = 16
 
 
 class Preview:
@@ -74,36 +76,18 @@ class Preview:
         """Writes a grid of samples (rank 0), every rank making its share. A collective. False where they cannot be shown."""
         if self._decode is None or self._network is None:
             return False
-        sampling = self._config.sampling
-        batch = -(-sampling.count // self._processes.world_size)
+        sampling, world_size = self._config.sampling, self._processes.world_size
+        generator = build_generator(self._config, self._network, sampling.steps, sampling.guidance, self._seed ^ SAMPLE_KEY, self._dtype)
+        batch = min(BATCH, -(-sampling.count // world_size))
         drawn = [
             (samples.number.numpy(), to_uint8(self._decode(samples.x0)))
-            for samples in self._generator().generate(
-                sampling.count, batch, rank=self._processes.rank, world_size=self._processes.world_size
-            )
+            for samples in generator.generate(sampling.count, batch, rank=self._processes.rank, world_size=world_size)
         ]
         shares = [share for shares in self._processes.gather_to_main(drawn) for share in shares]
         if shares:
             numbers, images = (np.concatenate([share[i] for share in shares]) for i in range(2))
             save_grid(path, images[np.argsort(numbers)])
         return True
-
-    def _generator(self) -> Generator:
-        config, model = self._config, self._config.model
-        channels, size, num_classes = model.geometry()
-        assert self._network is not None
-        return Generator(
-            self._network,
-            config.diffusion.schedule,
-            config.diffusion.prediction,
-            Heun(steps=config.sampling.steps),
-            (channels, size, size),
-            num_classes,
-            model.null_label,
-            config.sampling.guidance,
-            self._seed ^ SAMPLE_KEY,
-            self._dtype,
-        )
 
 
 def _masked_sums(loss: Loss, wanted: Tensor) -> Tensor:

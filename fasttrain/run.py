@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ from fasttrain.config import RunConfig, load_config
 from fasttrain.data.index import Index
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
+from fasttrain.files import write_whole
 from fasttrain.models import MODELS
+from fasttrain.versions import installed
 
 _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset", "safetensors", "flash-attn", "diffusers")
 
@@ -71,7 +72,7 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
         "data": {
             "labels": index.labels_xxh3,
             "shards": [shard.xxh3 for shard in index.shards],
-            **config.data.model_dump(include={"held_out", "normalise"}),
+            **config.data.model_dump(include={"held_out", "normalise", "streams", "window_shards"}),
         },
         "seed": config.seed,
     }
@@ -94,9 +95,9 @@ def write_folder(config: RunConfig, index: Index, processes: Processes) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not processes.is_main:
             return
-        _write(folder / "data.json", index.model_dump_json(indent=1) + "\n")
-        _write(folder / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
-        _write(folder / "environment.json", json.dumps(environment(processes), indent=1) + "\n")
+        write_whole(folder / "data.json", index.model_dump_json(indent=1) + "\n")
+        write_whole(folder / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+        write_whole(folder / "environment.json", json.dumps(environment(processes), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"run_dir {folder}: cannot write there: {error.strerror}") from None
 
@@ -118,7 +119,7 @@ def environment(processes: Processes) -> dict[str, Any]:
     device = processes.device
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cuda": torch.version.cuda,
         "cpus": os.cpu_count(),
@@ -147,16 +148,3 @@ def _first_difference(saved: Any, mine: Any, path: str = "") -> tuple[str, str]:
                 return _first_difference(saved.get(key), mine.get(key), f"{path}.{key}" if path else f"{key}")
     shown = [text if len(text) < 80 else text[:77] + "..." for text in (repr(saved), repr(mine))]
     return f"{path} {shown[0]}".strip(), f"{path} {shown[1]}".strip()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)

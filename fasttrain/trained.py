@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fasttrain.checkpoint import Manifest, read_weights
+from fasttrain.checkpoint import newest_sound, read_weights
 from fasttrain.config import RunConfig
 from fasttrain.data.index import Index
 from fasttrain.engine.fragments import MASTER
 from fasttrain.engine.optimizer import ema_name
 from fasttrain.errors import UserError
+from fasttrain.generation import build_generator
 from fasttrain.run import check_identity, identity, read_run
 from fasttrain.sampling.generate import Generator
-from fasttrain.sampling.heun import Heun
 from fasttrain.trainer import build_network
 from fasttrain.visible import decoder
 
@@ -29,6 +29,7 @@ class Trained:
     Attributes:
         weights: what they are, in words: "ema of 1774000 images", "raw", "untrained".
         step: optimizer steps behind them.
+        passed_over: newer checkpoints that are damaged, and how.
     """
 
     config: RunConfig
@@ -36,56 +37,44 @@ class Trained:
     network: nn.Module
     weights: str
     step: int
+    passed_over: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, run_dir: Path, weights: str, device: torch.device) -> "Trained":
-        """Reads a run's newest checkpoint.
+        """Reads a run's newest checkpoint that verifies.
 
         Args:
             weights: "ema" (or "ema_1" ...), "raw", or "untrained" for the network as it was before the first step.
 
         Raises:
-            UserError: no run, no checkpoint, a damaged one, one of another config than the folder's, or no such weights.
+            UserError: no run, no sound checkpoint, one of another config than the folder's, or no such weights.
         """
         config, index = read_run(run_dir)
         if weights not in (known := [*_averages(config), RAW, UNTRAINED]):
             raise UserError(f"--weights {weights}: {run_dir} has {', '.join(known)}")
         network = build_network(config)
-        step = 0
-        if weights != UNTRAINED:
-            folder = newest_folder(run_dir)
-            tensors = read_weights(folder, MASTER if weights == RAW else weights)
-            manifest = Manifest.read(folder)
-            check_identity(identity(config, index), manifest.identity, folder)
-            network.load_state_dict(tensors, strict=False)  # what is not trained is not in a checkpoint
-            step = manifest.progress.step
-        return cls(config, index, network.to(device).eval(), describe(config, weights), step)
+        if weights == UNTRAINED:
+            return cls(config, index, network.to(device).eval(), UNTRAINED, 0)
+        folder, manifest, passed_over = newest_sound(run_dir)
+        check_identity(identity(config, index), manifest.identity, folder)
+        tensors = read_weights(folder, manifest, MASTER if weights == RAW else weights)
+        network.load_state_dict(tensors, strict=False)  # what is not trained is not in a checkpoint
+        return cls(config, index, network.to(device).eval(), describe(config, weights), manifest.progress.step, tuple(passed_over))
 
     def generator(self, steps: int, guidance: float, seed: int) -> Generator:
         """What makes samples from these weights, in fp32.
 
         Raises:
-            UserError: fewer than one step.
+            UserError: fewer than one step, a seed out of range, or guidance by a null label that was never trained.
         """
-        device = next(self.network.parameters()).device
-        channels, size, num_classes = self.config.model.geometry()
-        d = self.config.diffusion
-        key = torch.tensor(seed, device=device)
         if steps < 1:
             raise UserError(f"--steps must be at least 1, got {steps}")
-        if guidance != 1 and not d.label_drop:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seed must lie in [0, 2^63), got {seed}")
+        if guidance != 1 and not self.config.diffusion.label_drop:
             raise UserError(f"--guidance {guidance}: this run's null label was never trained (diffusion.label_drop is 0): set it to 1")
-        return Generator(
-            self.network,
-            d.schedule,
-            d.prediction,
-            Heun(steps=steps),
-            (channels, size, size),
-            num_classes,
-            self.config.model.null_label,
-            guidance,
-            key,
-        )
+        key = torch.tensor(seed, device=next(self.network.parameters()).device)
+        return build_generator(self.config, self.network, steps, guidance, key)
 
     def decoder(self, vae: str | None) -> Callable[[Tensor], Tensor]:
         """x0 -> images in [-1, 1]; `vae` overrides the run's data.vae.
@@ -99,18 +88,6 @@ class Trained:
             assert self.index.vae is not None
             raise UserError(f"the samples of {self.config.run_dir} are latents: give --vae, the hub id or folder of {self.index.vae.id!r}")
         return decode
-
-
-def newest_folder(run_dir: Path) -> Path:
-    """The checkpoint that `latest` names."""
-    pointer = run_dir / "checkpoints" / "latest"
-    try:
-        return pointer.parent / pointer.read_text().strip()
-    except OSError:
-        raise UserError(
-            f"{run_dir} has no checkpoint yet: let `fasttrain train` reach its first (checkpoint.every), "
-            "or stop it with Ctrl-C, which saves one"
-        ) from None
 
 
 def describe(config: RunConfig, weights: str) -> str:

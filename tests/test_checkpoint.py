@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasttrain.checkpoint import Manifest, Progress, check_fits, read_weights
+from fasttrain.checkpoint import Manifest, Progress, check_fits, newest_sound, read_weights
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import MASTER
 from fasttrain.errors import UserError
@@ -94,7 +94,7 @@ def _newest(processes: Processes, raw: dict[str, Any], damages: list[tuple[str, 
 
 
 def test_every_flip_and_truncation_falls_back_to_the_one_before(saved: Path, digits: Path):
-    """200 single-bit flips and 50 truncations of the newest checkpoint's files (RELIABILITY section 3)."""
+    """200 single-bit flips and 50 truncations of the newest checkpoint's files."""
     chance = random.Random(0)
     files = [saved / "checkpoints" / "step-00000006" / f"rank-{r:05d}.safetensors" for r in range(2)]
     damages = []
@@ -215,11 +215,23 @@ def test_every_rank_learns_that_rank_0_cannot_make_the_folder(digits: Path, tmp_
 
 def test_weights_are_read_without_processes(saved: Path):
     folder = saved / "checkpoints" / "step-00000006"
-    master, ema = read_weights(folder, MASTER), read_weights(folder, "ema")
-    assert {name: list(w.shape) for name, w in master.items()} == Manifest.read(folder).shapes
+    newest, manifest, passed_over = newest_sound(saved)
+    assert (newest, passed_over) == (folder, [])
+    master, ema = read_weights(folder, manifest, MASTER), read_weights(folder, manifest, "ema")
+    assert {name: list(w.shape) for name, w in master.items()} == manifest.shapes
     assert any(not torch.equal(master[name], ema[name]) for name in master)
     with pytest.raises(UserError, match=r"keeps no 'ema_7'; it has: master, exp_avg, exp_avg_sq, ema"):
-        read_weights(folder, "ema_7")
+        read_weights(folder, manifest, "ema_7")
+
+
+def test_weights_are_read_from_the_newest_that_verifies(saved: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    damaged = folder / "checkpoints/step-00000006/rank-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    newest, manifest, passed_over = newest_sound(folder)
+    assert (newest.name, manifest.progress.step) == ("step-00000003", 3)
+    assert "rank-00001.safetensors has" in passed_over[0]
 
 
 def _save_non_finite(processes: Processes, raw: dict[str, Any]) -> str:

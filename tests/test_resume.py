@@ -73,7 +73,8 @@ def _kill_ranks(process: subprocess.Popen[str]) -> None:
 
 def _state(run_dir: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    return {key: read_weights(folder, key) for key in Manifest.read(folder).states}
+    manifest = Manifest.read(folder)
+    return {key: read_weights(folder, manifest, key) for key in manifest.states}
 
 
 def _same_bits(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:

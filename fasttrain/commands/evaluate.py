@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
 from fasttrain.data.index import INDEX_FILE
 from fasttrain.data.shards import ShardSet
-from fasttrain.digest import digest
 from fasttrain.engine import distributed
 from fasttrain.errors import UserError
 from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.evaluation.features import FEATURES
 from fasttrain.evaluation.protocol import Protocol
+from fasttrain.files import digest
 from fasttrain.trained import Trained
 
 REFERENCE_BATCH = 4096

@@ -2,14 +2,15 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from fasttrain.commands.sample import tell_passed_over
 from fasttrain.errors import UserError
+from fasttrain.files import whole
 from fasttrain.models import MODELS
 from fasttrain.trained import Trained
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     trained = Trained.load(args.run, args.weights, torch.device("cpu"))
+    tell_passed_over(trained)
     # File metadata is text: the config travels as JSON, and MODELS.build(json.loads(metadata["model"])) builds the network again.
     metadata = {
         "format": "pt",
@@ -30,11 +32,9 @@ def run(args: argparse.Namespace) -> None:
         "weights": trained.weights,
         "step": str(trained.step),
     }
-    draft = args.out.with_name(args.out.name + ".tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}, draft, metadata)
-        os.replace(draft, args.out)
+        with whole(args.out) as draft:
+            save_file({name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}, draft, metadata)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
         raise UserError(f"cannot write {args.out}: {error}; make room or choose another file") from None
     print(f"{trained.weights} weights of step {trained.step}: {args.out}")

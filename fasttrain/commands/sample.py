@@ -51,6 +51,8 @@ def generate_images(
     """Numbers [n], labels [n] and uint8 images [n, H, W, C] of all samples, in order, on rank 0 (empty elsewhere). A collective."""
     generator, decode = trained.generator(args.steps, args.guidance, args.seed), trained.decoder(args.vae)
     labels = None if wanted is None else torch.tensor(wanted).repeat(-(-args.count // len(wanted)))[: args.count]
+    if processes.is_main:
+        tell_passed_over(trained)
     with Progress(disable=not processes.is_main) as progress:
         task = progress.add_task(f"sampling with {trained.weights} weights of step {trained.step}", total=args.count)
         made = [
@@ -71,6 +73,12 @@ def generate_images(
     numbers, classes, images = (np.concatenate([part[i] for part in parts]) for i in range(3))
     order = np.argsort(numbers)
     return numbers[order], classes[order], images[order]
+
+
+def tell_passed_over(trained: Trained) -> None:
+    """One line for each damaged checkpoint newer than the one used."""
+    for damaged in trained.passed_over:
+        print(f"passed over a damaged checkpoint: {damaged}")
 
 
 def _write(out: Path, numbers: NDArray[np.int64], labels: NDArray[np.int64], images: NDArray[np.uint8]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
-import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fasttrain.errors import UserError
@@ -24,16 +23,6 @@ LABELS_FILE = "labels.npy"
 # What numpy writes before the arrays of this project: magic, version, a dictionary, padded to 64.
 NPY_HEADER = 128
 DIGEST = r"^[0-9a-f]{32}$"
-_CHUNK = 1 << 24
-
-
-def digest(path: Path) -> str:
-    """xxh3 (128 bits, hexadecimal) of a file: it notices accidents; it is no proof against an attacker."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 class _Strict(BaseModel):

@@ -9,8 +9,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from fasttrain.data.index import LABELS_FILE, NPY_HEADER, Index, Shard, digest, read_index
+from fasttrain.data.index import LABELS_FILE, NPY_HEADER, Index, Shard, read_index
 from fasttrain.errors import UserError
+from fasttrain.files import digest
 
 _REMEDY = "restore the file, or run the same `fasttrain prepare` command again: it makes only what is missing or damaged"
 

@@ -2,25 +2,21 @@
 
 import dataclasses
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from fasttrain.files import write_whole
+from fasttrain.versions import installed
+
+NOT_INSTALLED = "not installed (run from a source tree)"
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides the last digits of a score."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in ("fasttrain", "torch", "numpy")}}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed (run from a source tree)"
+    return {"python": platform.python_version(), **{name: installed(name) or NOT_INSTALLED for name in ("fasttrain", "torch", "numpy")}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +54,4 @@ class Score:
 
     def save(self, path: Path) -> None:
         """Writes all of it as JSON; the file appears whole or not at all."""
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            draft.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from fasttrain.files import write_whole
 
 Images = NDArray[np.uint8]  # [n, H, W, C], C = 1 (grey) or 3 (RGB)
 
@@ -61,32 +62,21 @@ def tile(images: Images, columns: int | None = None, min_side: int = 64) -> Imag
 
 def save_grid(path: Path, images: Images, columns: int | None = None, min_side: int = 64) -> None:
     """Writes `tile(images)` as a PNG."""
-    write_atomically(path, _png(tile(images, columns, min_side)))
+    write_whole(path, _png(tile(images, columns, min_side)))
 
 
 def save_pngs(folder: Path, numbers: Iterable[int], images: Images) -> None:
     """Writes each image as `NNNNNN.png`, named by its sample number."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in zip(numbers, images, strict=True):
-        write_atomically(folder / f"{number:06d}.png", _png(image))
+        write_whole(folder / f"{number:06d}.png", _png(image))
 
 
 def save_npz(path: Path, images: Images, labels: NDArray[np.int64]) -> None:
     """Writes `arr_0` (uint8 [n, H, W, C]) and `labels` (int64 [n]): the sample batch of ADM's evaluation."""
     buffer = io.BytesIO()
     np.savez(buffer, arr_0=images, labels=labels)
-    write_atomically(path, buffer.getbuffer())
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Writes beside `path` and renames: a reader sees the old file or the new one, and a full disk leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, buffer.getbuffer())
 
 
 def _png(image: Images) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fasttrain.data.index import FORMAT, INDEX_FILE, LABELS_FILE, Index, digest
+from fasttrain.data.index import FORMAT, INDEX_FILE, LABELS_FILE, Index
 from fasttrain.data.prepare.plan import Plan, claim
 from fasttrain.data.prepare.processes import run_jobs
 from fasttrain.data.prepare.progress import FolderProgress, speed
@@ -31,6 +31,7 @@ from fasttrain.data.prepare.writer import (
     write_whole,
 )
 from fasttrain.errors import UserError
+from fasttrain.files import digest
 
 T = TypeVar("T")
 Make = Callable[[Sequence[T]], Iterator[Made]]

@@ -15,9 +15,10 @@ import numpy as np
 import webdataset
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fasttrain.data.index import NPY_HEADER, Shard, digest
+from fasttrain.data.index import NPY_HEADER, Shard
 from fasttrain.data.prepare.pixels import Unreadable
 from fasttrain.errors import UserError
+from fasttrain.files import digest
 
 RECEIPTS = "receipts"
 TEMPORARY = ".tmp"
