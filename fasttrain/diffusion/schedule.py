@@ -5,6 +5,7 @@ with the methods of `Schedule`.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -47,7 +48,7 @@ class _Table(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DiscreteSchedule:
+class DiscreteSchedule(ABC):
     """A variance-preserving schedule of T timesteps, given by its betas.
 
     alpha_bar[t] = prod_{i <= t} (1 - beta[i]),  alpha = sqrt(alpha_bar),  sigma = sqrt(1 - alpha_bar)     [Ho et al. 2020, Eq. 4]
@@ -67,9 +68,9 @@ class DiscreteSchedule:
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
 
+    @abstractmethod
     def betas(self) -> Tensor:
         """The noise variance added at each timestep: [T] float64."""
-        raise NotImplementedError
 
     @cached_property
     def edm_limits(self) -> tuple[float, float]:
