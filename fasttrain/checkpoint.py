@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.errors import UserError
-from fasttrain.files import digest, sync, write_whole
+from fasttrain.files import digest, sync, whole
 
 FORMAT = 1
 
@@ -166,10 +166,12 @@ class Checkpoints:
         try:
             manifest.write(partial)
             sync(partial)
-            _move_away(final)
-            os.rename(partial, final)
-            sync(self.folder)
-            write_whole(self.folder / "latest", final.name + "\n")
+            # The pointer's new text is on the disk before the rename: after it, nothing needs room any more.
+            with whole(self.folder / "latest") as pointer:
+                _write_durably(pointer, final.name + "\n")
+                _move_away(final)
+                os.rename(partial, final)
+                sync(self.folder)
         except OSError as error:
             return [f"rank 0 could not commit {final}: {error}; make room or mend the disk"]
         self._forget_before(final)

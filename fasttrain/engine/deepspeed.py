@@ -134,7 +134,7 @@ def _accumulation_type(stage: int, precision: str, accumulation_steps: int) -> d
 
 
 def gradient_norm(engine: Any) -> float | None:
-    """The norm of the last step's gradients, before clipping; infinite on a skipped step."""
+    """The norm of the last step's gradients, before clipping; not finite on a skipped step."""
     guarded = engine.basic_optimizer.grad_norm
     norm = guarded if guarded is not None else engine.get_global_grad_norm()
     return None if norm is None else float(norm)

@@ -38,7 +38,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if kind == "tree":
         return write_tree(tmp_path / "photos")
     if kind in ("tar", "rooted tar"):
-        return write_tar(tmp_path / "photos.tar", "./" if kind == "tar" else "some/root/")
+        return write_tar(tmp_path / "photos.tar", "./" if kind == "tar" else "some/top/")
     return write_tar(tmp_path / f"photos.tar.{kind}", "root/", f"w:{kind}")
 
 
