@@ -178,7 +178,7 @@ class Trainer:
             reporter.say(f"samples drawn to {path}" if drawn else "no samples drawn: they are latents; data.vae must say what decodes them")
 
     def _record(self, watch: Stopwatch) -> dict[str, Any]:
-        """What the run tells at a log interval: where our code waits for the device (fp32 without ZeRO also does at each step, to guard it)."""
+        """What the run tells at a log interval: where our code waits for the device (so does the guard of fp32 without ZeRO)."""
         sums = self.meters.reduce()
         steps = self.progress.step - self._reported_step
         self._reported_step = self.progress.step
