@@ -22,6 +22,7 @@ from tests.runs import merged, plain_config, trace, zero
 STEPS, SAVE_EVERY = 100, 5  # long enough that a run does not end before it can be killed, on a busy machine too
 MANY = 5000  # more than are done before a signal arrives
 TIMEOUT = 120
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _write_config(folder: Path, digits: Path, stage: int, steps: int = STEPS) -> Path:
@@ -37,7 +38,8 @@ def _start(config: Path, ranks: int) -> subprocess.Popen[str]:
     if ranks > 1:
         launcher = Path(sys.executable).with_name("deepspeed")
         command = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module", "fasttrain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    source = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])  # so that it also runs where nothing is installed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": source}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     return subprocess.Popen([*command, "train", str(config)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
