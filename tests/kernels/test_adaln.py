@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fasttrain_kernels.adaln import MAX_WIDTH, adaln, adaln_reference
-from fasttrain_kernels.cases import adaln_inputs
+from fasttrain_kernels.cases.norms import adaln_inputs
 from fasttrain_kernels.dispatch import choose
 from torch.nn import functional as F
 

@@ -8,11 +8,10 @@ import torch
 from fasttrain_kernels.cases import CASES, Case
 
 from tests.kernels.ahead_of_time import ARCHITECTURES, SHARED_MEMORY, Compiled, compile_launch
+from tests.kernels.calls import results
 from tests.kernels.interpreter import Launch, recording
 
 CPU = torch.device("cpu")
-WIDTHS = (384, 768, 1152)
-SMALLEST = {"noising": [(1, 1)], "weighted_mse": [(1, 1)], "adaln": [(1, 1, 1), (2, 1, 33)]}
 
 
 @pytest.fixture(autouse=True)
@@ -23,25 +22,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def launches(case: Case, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What one forward and backward pass would launch."""
-    inputs = case.inputs(shape, dtype, CPU)
-    leaves = [inputs[name].requires_grad_() for name in case.differentiable]
     with recording() as recorded:
-        output = case.call(**inputs, **options, impl="triton")
-        output = output if isinstance(output, torch.Tensor) else output[0]
-        torch.autograd.grad(output, leaves, torch.zeros_like(output))
+        results(case.call, case.inputs(shape, dtype, CPU), case, impl="triton", **options)
     return recorded
-
-
-def real_shapes(name: str) -> list[tuple[int, ...]]:
-    return [(4, 32, width) for width in WIDTHS] if name == "adaln" else [(4, 4, 32, 32)]
 
 
 def every_launch() -> list[Any]:
     return [
-        pytest.param(case, options, shape, id="-".join(map(str, [name, *options.values(), *shape])))
+        pytest.param(case, options, (4, *sample), id="-".join(map(str, [name, *options.values(), *sample])))
         for name, case in CASES.items()
         for options in case.options
-        for shape in real_shapes(name)
+        for sample in case.real
     ]
 
 
@@ -83,6 +74,6 @@ def recorded_noising(x0: torch.Tensor) -> list[Launch]:
 @pytest.mark.parametrize("name", CASES)
 def test_sizes_of_one_compile(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     # A real launch turns a size of 1 into a constant, which a kernel must tolerate.
-    for shape in SMALLEST[name]:
+    for shape in CASES[name].smallest:
         for launch in launches(CASES[name], shape, CASES[name].options[0], dtype):
             assert compile_launch(launch, "sm_90", tmp_path).spilled_bytes == 0

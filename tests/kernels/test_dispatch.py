@@ -52,3 +52,33 @@ def test_an_unknown_name_lists_the_choices() -> None:
 def test_without_triton_everything_imports_and_the_references_run() -> None:
     told = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True, timeout=120)
     assert "Triton is not installed" in told.stdout
+
+
+def test_one_operation_can_be_chosen_apart() -> None:
+    kernels = dispatch.Kernels("triton", {"adaln": "reference"})
+    assert (kernels.of("adaln"), kernels.of("noising"), dispatch.Kernels().of("noising")) == ("reference", "triton", "auto")
+    with pytest.raises(ValueError, match="unknown operation 'adaln_zero'; did you mean 'adaln'"):
+        dispatch.Kernels("auto", {"adaln_zero": "triton"})
+    with pytest.raises(ValueError, match="unknown impl 'cuda'"):
+        dispatch.Kernels("auto", {"adaln": "cuda"})
+
+
+class OldDevice(torch.Tensor):
+    """Stands for a tensor on a GPU that is too old, which no machine here has."""
+
+    is_cuda = True
+
+
+def test_a_gpu_that_triton_does_not_support_is_passed_over_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    dispatch._unsupported.cache_clear()
+    dispatch._tell.cache_clear()
+    tensor = torch.zeros(1).as_subclass(OldDevice)
+    assert [dispatch.choose("auto", tensor) for _ in range(3)] == ["reference"] * 3
+    assert capsys.readouterr().out.count("compute capability 8.0, and Old GPU has 6.1") == 1
+    with pytest.raises(ValueError, match=r"Old GPU has 6\.1"):
+        dispatch.choose("triton", tensor)
+    dispatch._unsupported.cache_clear()

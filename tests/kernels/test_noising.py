@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fasttrain_kernels.cases import noising_inputs
+from fasttrain_kernels.cases.noise import noising_inputs
 from fasttrain_kernels.noising import noising
 from fasttrain_kernels.philox import normal
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fasttrain_kernels import weighted_mse as module
-from fasttrain_kernels.cases import weighted_mse_inputs
+from fasttrain_kernels.cases.noise import weighted_mse_inputs
 from fasttrain_kernels.philox import normal
 from fasttrain_kernels.weighted_mse import weighted_mse
 from torch.nn import functional as F

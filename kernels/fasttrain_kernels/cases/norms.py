@@ -1,0 +1,34 @@
+"""Cases of the operations that normalise tokens."""
+
+import torch
+
+from fasttrain_kernels.adaln import adaln, adaln_reference
+from fasttrain_kernels.cases.case import Case, Inputs, Shape, randn
+
+_SHAPES = ((5, 3, 384), (2, 4, 768), (1, 3, 1152), (9, 3, 33), (1, 1, 1), (2, 17, 100), (0, 3, 8), (2, 0, 8))
+_REAL = ((256, 768), (256, 1024), (256, 1152), (256, 1536))
+_SMALLEST = ((1, 1, 1), (2, 1, 33))
+_NORMS = ({"norm": "layer"}, {"norm": "rms"})
+
+
+def adaln_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """x of `shape` [B, T, D] with a mean far from 0; scale and shift [B, D]."""
+    rows = (shape[0], shape[-1])
+    x = randn(shape, torch.float32, device, 0) * 2 + 3
+    return {"x": x.to(dtype), "scale": randn(rows, dtype, device, 1), "shift": randn(rows, dtype, device, 2)}
+
+
+NORM_CASES = {
+    "adaln": Case(
+        reference=adaln_reference,
+        call=adaln,
+        inputs=adaln_inputs,
+        differentiable=("x", "scale", "shift"),
+        shapes=_SHAPES,
+        sample=(6, 1152),
+        real=_REAL,
+        minimum=(4, 6),
+        smallest=_SMALLEST,
+        options=_NORMS,
+    ),
+}
