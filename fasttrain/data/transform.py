@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from fasttrain_kernels.philox import Purpose, normal, uniform
+from fasttrain_kernels.philox import Purpose, normal
+from fasttrain_kernels.uniform import uniform
 from torch import Tensor
 
 from fasttrain.data.index import Index

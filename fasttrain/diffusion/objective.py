@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from fasttrain_kernels.noising import noising
-from fasttrain_kernels.philox import Purpose, uniform
+from fasttrain_kernels.philox import Purpose
+from fasttrain_kernels.uniform import uniform
 from fasttrain_kernels.weighted_mse import weighted_mse
 from torch import Tensor
 

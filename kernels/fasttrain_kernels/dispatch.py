@@ -14,6 +14,7 @@ from fasttrain_kernels.language import HAS_TRITON
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 OPERATIONS = (
+    "uniform",
     "noising",
     "weighted_mse",
     "adaln",

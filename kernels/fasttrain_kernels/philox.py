@@ -75,12 +75,6 @@ def philox(seed: Tensor | int, index: Tensor | int, purpose: Tensor | int, posit
     return tuple(torch.broadcast_tensors(c0, c1, c2, c3))  # type: ignore[return-value]
 
 
-def uniform(seed: Tensor | int, position: Tensor, purpose: Purpose) -> Tensor:
-    """One uniform number a position, (r0 + 1/2) / 2^32 of counter (0, purpose, position): float64 in (0, 1), shaped like `position`."""
-    first, _, _, _ = philox(seed, 0, purpose, position)
-    return (first.to(torch.float64) + 0.5) * 2.0**-32
-
-
 def normal(seed: Tensor | int, position: Tensor, shape: Sequence[int], purpose: Purpose = Purpose.NOISE) -> Tensor:
     """Standard normal numbers for each position; the formula is at the top of this file.
 

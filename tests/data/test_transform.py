@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from fasttrain_kernels.philox import Purpose, normal, uniform
+from fasttrain_kernels.philox import Purpose, normal
+from fasttrain_kernels.uniform import uniform
 
 from fasttrain.data.index import Index
 from fasttrain.data.transform import ImageTransform, LatentTransform, build_transform

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fasttrain_kernels.philox import Purpose, normal, uniform
+from fasttrain_kernels.philox import Purpose, normal
+from fasttrain_kernels.uniform import uniform
 from torch import Tensor
 
 from fasttrain.diffusion.objective import Loss, Objective

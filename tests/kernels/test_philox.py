@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fasttrain_kernels.philox import Purpose, normal, philox, uniform
+from fasttrain_kernels.philox import Purpose, normal, philox
 from scipy import stats
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -84,18 +84,6 @@ def test_normals_do_not_know_each_other() -> None:
         limit = SIX_SIGMA / math.sqrt(left.numel())
         assert abs((left * right).mean()) < limit
         assert abs(((left**2 - 1) * (right**2 - 1)).mean()) < 2 * limit
-
-
-def test_uniforms_are_uniform_inside_the_open_interval() -> None:
-    u = uniform(SEED, torch.arange(200_000), Purpose.TIMESTEP)
-    assert u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
-    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
-    assert abs(((u[1:] - 0.5) * (u[:-1] - 0.5)).mean()) < SIX_SIGMA / 12 / math.sqrt(200_000)
-
-
-def test_purposes_draw_apart() -> None:
-    draws = [uniform(SEED, torch.arange(16), purpose) for purpose in Purpose]
-    assert len({tuple(draw.tolist()) for draw in draws}) == len(Purpose)
 
 
 def test_position_of_another_shape_is_refused() -> None:

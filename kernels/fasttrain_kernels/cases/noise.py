@@ -1,12 +1,19 @@
-"""Cases of the operations that draw their noise: noising, the weighted error."""
+"""Cases of the operations that draw random numbers: uniform numbers, noising, the weighted error."""
 
 import torch
 
 from fasttrain_kernels.cases.case import Case, Inputs, Shape, draws, randn
 from fasttrain_kernels.noising import noising, noising_reference
+from fasttrain_kernels.philox import Purpose
+from fasttrain_kernels.uniform import uniform, uniform_reference
 from fasttrain_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 _SHAPES = ((5, 4, 8, 8), (2, 3, 7, 5), (1, 1, 1, 1), (3, 1025), (2, 4, 32, 32), (0, 4, 8, 8))
+
+
+def uniform_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Positions and a seed; no type but their own."""
+    return {name: draws(shape[0], device)[name] for name in ("position", "seed")}
 
 
 def noising_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -29,6 +36,18 @@ def weighted_mse_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) 
 
 
 NOISE_CASES = {
+    "uniform": Case(
+        reference=uniform_reference,
+        call=uniform,
+        inputs=uniform_inputs,
+        differentiable=(),
+        shapes=((5,), (2,), (1,), (129,), (0,)),
+        sample=(),
+        real=((),),
+        minimum=(16, 0),
+        smallest=((1,),),
+        options=({"purpose": Purpose.TIMESTEP}, {"purpose": Purpose.TIMESTEP, "stratified": True}),
+    ),
     "noising": Case(
         reference=noising_reference,
         call=noising,
