@@ -15,9 +15,11 @@ from fasttrain_kernels.language import HAS_TRITON
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 OPERATIONS = (
     "uniform",
+    "latent_noising",
     "noising",
     "weighted_mse",
     "adaln",
+    "bias_gelu",
 )
 """Every operation with a kernel, by the name of its file and of its public function."""
 
