@@ -1,0 +1,74 @@
+"""A stage keeps what it has measured, whatever happens next."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.environment import environment, short_name
+from benchmarks.stage import NO_TIME, Stage
+
+
+def _stage(path: Path, seconds: float = 60.0) -> Stage:
+    return Stage(path / "deep" / "result.json", "test", {"device": "cpu"}, {}, seconds)
+
+
+def test_every_case_is_on_disk_as_soon_as_it_is_known(tmp_path: Path) -> None:
+    stage = _stage(tmp_path)
+
+    def second() -> dict[str, int]:
+        assert [case["case"] for case in json.loads(stage.path.read_text())["cases"]] == [{"name": "first"}]
+        return {"figure": 2}
+
+    stage.case(lambda: {"figure": 1}, name="first")
+    assert stage.case(second, name="second")["figure"] == 2
+
+
+def test_an_error_is_a_result_and_the_next_case_runs(tmp_path: Path) -> None:
+    stage = _stage(tmp_path)
+    stage.case(lambda: 1 // 0, name="broken")  # type: ignore[arg-type,return-value]
+    stage.case(lambda: {"figure": 1}, name="fine")
+    broken, fine = json.loads(stage.path.read_text())["cases"]
+    assert broken["error"].startswith("ZeroDivisionError") and "lambda" in broken["traceback"]
+    assert fine["figure"] == 1
+    assert [case["case"]["name"] for case in stage.failed()] == ["broken"]
+
+
+def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    stage = _stage(tmp_path, seconds=0.0)
+    outcome = stage.case(lambda: pytest.fail("was begun"), name="late")  # type: ignore[arg-type,return-value]
+    assert outcome == {"case": {"name": "late"}, "not_run": NO_TIME}
+
+
+def test_after_a_lost_device_nothing_more_is_tried(tmp_path: Path) -> None:
+    stage = _stage(tmp_path)
+
+    def lost() -> dict[str, int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    stage.case(lost, name="first")
+    outcome = stage.case(lambda: pytest.fail("was begun"), name="second")  # type: ignore[arg-type,return-value]
+    assert outcome["not_run"] == "the device was lost to an earlier error (illegal memory access)"
+
+
+def test_the_environment_is_plain_and_names_what_matters() -> None:
+    found = environment(torch.device("cpu"))
+    assert json.loads(json.dumps(found)) == found
+    assert found["device"] == "cpu" and found["torch"] and found["cpu"] and found["cores"] > 0
+    assert "gpu" not in found
+
+
+@pytest.mark.parametrize(
+    ("full", "short"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100"),
+        ("NVIDIA H100 PCIe", "nvidia-h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia-a100"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-rtx-4090"),
+        ("", "unknown"),
+    ],
+)
+def test_a_devices_folder(full: str, short: str) -> None:
+    assert short_name(full) == short
