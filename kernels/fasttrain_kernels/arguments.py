@@ -34,6 +34,13 @@ def require_constant(differentiable: str, **tensors: Tensor) -> None:
             raise ValueError(f"only {differentiable} gets a gradient: detach {name}, or call the reference")
 
 
+def require_data(**tensors: Tensor) -> None:
+    """Raises ValueError if a tensor wants a gradient from an operation that has none."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise ValueError(f"nothing gets a gradient here: detach {name}, or call the reference")
+
+
 def draw_key(seed: Tensor | int, position: Tensor, batch: int, device: torch.device) -> Tensor:
     """The seed as a [] int64 tensor on `device`, after checking that `position` is [batch] int64 there."""
     seed = int64_tensor(seed, device)

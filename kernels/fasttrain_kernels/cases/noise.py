@@ -3,6 +3,7 @@
 import torch
 
 from fasttrain_kernels.cases.case import Case, Inputs, Shape, draws, randn
+from fasttrain_kernels.latent_noising import latent_noising, latent_noising_reference
 from fasttrain_kernels.noising import noising, noising_reference
 from fasttrain_kernels.philox import Purpose
 from fasttrain_kernels.uniform import uniform, uniform_reference
@@ -16,10 +17,22 @@ def uniform_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> In
     return {name: draws(shape[0], device)[name] for name in ("position", "seed")}
 
 
+def _path(batch: int, device: torch.device) -> Inputs:
+    angle = torch.linspace(0.0, 1.5, batch, device=device)
+    return {"alpha": angle.cos(), "sigma": angle.sin(), **draws(batch, device)}
+
+
 def noising_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     """x0 of `shape` and a variance-preserving path that includes no noise at all."""
-    angle = torch.linspace(0.0, 1.5, shape[0], device=device)
-    return {"x0": randn(shape, dtype, device, 0), "alpha": angle.cos(), "sigma": angle.sin(), **draws(shape[0], device)}
+    return {"x0": randn(shape, dtype, device, 0), **_path(shape[0], device)}
+
+
+def latent_noising_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Posteriors of `shape` [B, 2, 2, C, H, W], which `shift` and `scale` turn into about unit variance, on `noising_inputs`' path."""
+    channel = torch.arange(shape[3], device=device, dtype=torch.float32)
+    stored = 2 * randn(shape, torch.float32, device, 0) + 0.5
+    stored[:, :, 1] -= 3
+    return {"stored": stored.to(dtype), "shift": 0.5 + 0.1 * channel, "scale": 0.5 / (1 + 0.1 * channel), **_path(shape[0], device)}
 
 
 def weighted_mse_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
@@ -47,6 +60,18 @@ NOISE_CASES = {
         minimum=(16, 0),
         smallest=((1,),),
         options=({"purpose": Purpose.TIMESTEP}, {"purpose": Purpose.TIMESTEP, "stratified": True}),
+    ),
+    "latent_noising": Case(
+        reference=latent_noising_reference,
+        call=latent_noising,
+        inputs=latent_noising_inputs,
+        differentiable=(),
+        shapes=((5, 2, 2, 4, 8, 8), (2, 2, 2, 3, 7, 5), (1, 2, 2, 1, 1, 1), (3, 2, 2, 2, 23, 45), (0, 2, 2, 4, 8, 8)),
+        sample=(2, 2, 4, 32, 32),
+        real=((2, 2, 4, 32, 32),),
+        minimum=(2.5, 0),
+        smallest=((1, 1, 2, 1, 1, 1),),
+        options=({"flip": False}, {"flip": True}),
     ),
     "noising": Case(
         reference=noising_reference,
