@@ -7,14 +7,16 @@ endif
 FASTTRAIN := $(PYTHON) -m fasttrain
 # Two processes share two cores: more threads each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest
-OUT := build/gpu
+BENCHMARKS := PYTHONPATH=".:kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m
+# Where measurements leave their JSON; nothing of it is committed by itself.
+OUT ?= build/gpu
 DEMO := demo
 SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1000 --steps 12 --guidance 1.5
 
-.PHONY: help demo test lint bench gpu
+.PHONY: help demo test lint bench parity gpu gpu-test gpu-kernels gpu-step gpu-full
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(INSTALLED)  ## digits -> shards -> a trained transformer -> a score and a picture, in minutes on a laptop
 	$(FASTTRAIN) prepare digits $(DEMO)/digits
@@ -36,14 +38,27 @@ lint: $(LINTERS)  ## ruff, its formatter's opinion, and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: $(INSTALLED)  ## the loader beside webdataset's own pipeline
-	$(PYTHON) -m benchmarks.loader
+bench: $(INSTALLED)  ## the loader beside webdataset's own pipeline, and the small benchmarks of pytest
+	$(BENCHMARKS) benchmarks.loader
+	$(BENCHMARKS) pytest benchmarks -q -p no:xdist
 
-gpu: $(INSTALLED)  ## the kernels' tests natively on a GPU; reports under OUT
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: this machine has no CUDA device (see fasttrain doctor)")'
-	mkdir -p $(OUT)
-	$(PYTHON) -m fasttrain doctor | tee $(OUT)/doctor.txt
-	$(PYTHON) -m pytest tests/kernels -q --junitxml=$(OUT)/kernels.xml
+parity: $(INSTALLED)  ## 50 steps on digits with every kernel on (interpreted without a GPU) and off
+	$(BENCHMARKS) benchmarks.parity
+
+gpu: $(INSTALLED)  ## ten minutes on a GPU: the most telling of the step, the kernels and the tests; JSON under OUT
+	$(BENCHMARKS) benchmarks.gpu digest --out $(OUT)
+
+gpu-test: $(INSTALLED)  ## the kernels' tests on a GPU, and determinism; at most nine minutes, as the next two
+	$(BENCHMARKS) benchmarks.gpu tests --out $(OUT)
+
+gpu-kernels: $(INSTALLED)  ## every operation against torch.compile of the same, on a GPU
+	$(BENCHMARKS) benchmarks.gpu kernels --out $(OUT)
+
+gpu-step: $(INSTALLED)  ## whole training steps against tuned torch.compile, on a GPU
+	$(BENCHMARKS) benchmarks.gpu step --out $(OUT)
+
+gpu-full: $(INSTALLED)  ## everything, on a GPU; hours
+	$(BENCHMARKS) benchmarks.gpu full --out $(OUT)
 
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || python3 -m venv .venv
