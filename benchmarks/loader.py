@@ -9,9 +9,7 @@ shuffled: ours over the whole set, webdataset's over a buffer of 1,000 that is f
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +22,8 @@ import webdataset
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import environment, results_folder
+from benchmarks.stage import write_json
 from fasttrain.data.index import Source, VaeRecord
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order
@@ -36,7 +36,8 @@ SHAPE = (2, 2, 4, 16, 16)  # fp16: 8 KiB
 SAMPLES = 16_384
 SHARD_SIZE = 2_048
 BATCH = 256
-RESULT = Path(__file__).parent / "results" / "cpu" / "loader.json"
+CPU = torch.device("cpu")
+RESULT = results_folder(CPU) / "loader.json"
 
 
 def write_shards(out: Path) -> ShardSet:
@@ -95,16 +96,6 @@ def check_parity(shards: ShardSet) -> None:
             raise SystemExit("the two arms read different samples")
 
 
-def environment() -> dict[str, str | int]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"device": "cpu", "cpu": cpu, "cores_used": 1, **versions, "webdataset": webdataset.__version__}
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range of the rounds."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -144,14 +135,13 @@ def report(rounds: Sequence[dict[str, float]], seconds: float) -> None:
     Console().print(table)
     result = {
         "benchmark": "loader",
-        "environment": environment(),
+        "environment": {**environment(CPU), "cores_used": 1},
         "settings": {"samples": SAMPLES, "sample_bytes": sample_bytes, "batch": BATCH, "rounds": len(rounds), "seconds": seconds},
         "samples_per_second": rates,
         "ratio": ratio,
         "rounds": list(rounds),
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(RESULT, result)
 
 
 if __name__ == "__main__":
