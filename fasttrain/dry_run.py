@@ -41,8 +41,9 @@ def dry_run(config: RunConfig) -> None:
     console.print(_memory_table(config, parameters.trained, world_size))
     with training_loader(config.data, shards, seed) as loader:
         batch = next(loader.batches(0, micro_batch, 0, world_size))
+    x0 = batch.x0(seed)
     console.print(
-        f"one batch  x0 {list(batch.x0.shape)}, mean {batch.x0.mean():.3f}, standard deviation {batch.x0.std():.3f}, "
+        f"one batch  x0 {list(x0.shape)}, mean {x0.mean():.3f}, standard deviation {x0.std():.3f}, "
         f"labels {batch.labels.min()} to {batch.labels.max()}"
     )
     console.print("dry run done: nothing was written")

@@ -1,5 +1,6 @@
 """What a run tells while it runs: meters on the device, and their ways out: a progress bar or plain lines, JSONL, TensorBoard."""
 
+import itertools
 import json
 import math
 import time
@@ -30,24 +31,30 @@ class Meters:
 
     def __init__(self, processes: Processes, ranges: int, num_timesteps: int):
         self._processes = processes
-        self._ranges, self._num_timesteps = ranges, num_timesteps
-        # Rows: loss sum and count; then for each range the sum of unweighted losses and their count.
-        self._sums = torch.zeros(ranges + 1, 2, dtype=torch.float64, device=processes.device)
+        # t lies in range floor(t ranges / T): each begins at the first t that is not below its share.
+        edges = [-(-i * num_timesteps // ranges) for i in range(ranges + 1)]
+        self._names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+        self._start()
 
-    def add(self, loss: Tensor, mse: Tensor, t: Tensor) -> None:
-        """One micro-batch: its loss [], the samples' unweighted losses [B] and their timesteps [B]."""
-        self._sums[0] += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
-        row = 1 + (t * self._ranges / self._num_timesteps).long().clamp(max=self._ranges - 1)
-        self._sums.index_add_(0, row, torch.stack([mse.double(), torch.ones_like(mse, dtype=torch.float64)], dim=1))
+    def _start(self) -> None:
+        device = self._processes.device
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._by_range = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, loss: Tensor, by_range: Tensor) -> None:
+        """One micro-batch: its loss [], and for each range the sum of its samples' unweighted losses and their count [ranges, 2]."""
+        self._loss += loss.detach()
+        self._by_range += by_range
+        self._count += 1
 
     def reduce(self) -> dict[str, Any]:
         """Mean loss, and unweighted loss by timestep range (None where none was drawn), over all processes; starts a new interval."""
-        sums = self._processes.sum(self._sums).tolist()
-        self._sums = torch.zeros_like(self._sums)
-        means = [total / count if count else None for total, count in sums]
-        edges = [round(i * self._num_timesteps / self._ranges) for i in range(self._ranges + 1)]
-        by_range = {f"{low}-{high - 1}": mean for low, high, mean in zip(edges, edges[1:], means[1:], strict=False)}
-        return {"loss": means[0], "mse_by_timestep": by_range}
+        total = torch.stack([self._loss, torch.full_like(self._loss, self._count)])
+        sums = self._processes.sum(torch.cat([total[None], self._by_range])).tolist()
+        self._start()
+        loss, *means = [total / count if count else None for total, count in sums]
+        return {"loss": loss, "mse_by_timestep": dict(zip(self._names, means, strict=True))}
 
 
 class Stopwatch:

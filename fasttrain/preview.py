@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fasttrain_kernels.dispatch import Kernels
 from torch import Tensor, nn
 
 from fasttrain.config import RunConfig
@@ -60,14 +61,14 @@ class Preview:
             label_drop=0.0,
             null_label=None,
             seed=self._seed ^ HELD_OUT_KEY,
-            impl=self._config.kernels,
+            kernels=Kernels(self._config.kernels),
         )
         count, world_size = self._config.data.held_out, self._processes.world_size
         sums = torch.zeros(3, dtype=torch.float64, device=self._processes.device)
         batches = self._held_out.batches(0, batch, self._processes.rank, world_size)
         for _ in range(-(-count // (batch * world_size))):
             images = next(batches)
-            loss = objective(self._network, images.x0, images.labels, images.position, dtype=self._dtype)
+            loss = objective(self._network, images.x0(self._seed), images.labels, images.position, dtype=self._dtype)
             sums += _masked_sums(loss, images.position < count)
         total, unweighted, seen = self._processes.sum(sums).tolist()
         return {"held_out_loss": total / seen, "held_out_mse": unweighted / seen}

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from fasttrain_kernels.dispatch import choose, here
+from fasttrain_kernels.dispatch import Kernels, choose, here
 from torch import nn
 
 from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
@@ -48,7 +48,7 @@ class Trainer:
         self.identity = identity(config, shards.index)
         _check_kernels(config, self.seed)
         self.objective = build_objective(config, self.seed)
-        self.loader = training_loader(config.data, shards, self.seed)
+        self.loader = training_loader(config.data, shards, self.seed, Kernels(config.kernels))
         held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
         decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
         self.preview = Preview(config, processes, held_out, decode, self.dtype)
@@ -104,10 +104,10 @@ class Trainer:
         self.optimizer.begin(Clock(self.progress.updates + 1, next_position, training.global_batch), rate)
         for _ in range(self.accumulation_steps):
             batch = next(self.batches)
-            loss = self.objective(self.engine, batch.x0, batch.labels, batch.position, dtype=self.dtype)
+            loss = self.objective(self.engine, batch.clean, batch.labels, batch.position, dtype=self.dtype)
             self.engine.backward(loss.loss)
             self.engine.step()
-            self.meters.add(loss.loss, loss.mse, loss.t)
+            self.meters.add(loss.loss, loss.by_range)
         applied = int(self.engine.was_step_applied())
         self.progress = Progress(self.progress.step + 1, next_position, self.progress.updates + applied)
 
@@ -225,7 +225,8 @@ def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
         label_drop=d.label_drop if null_label else 0.0,
         null_label=null_label,
         seed=seed,
-        impl=config.kernels,
+        ranges=config.log.timestep_ranges,
+        kernels=Kernels(config.kernels),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
 from fasttrain.config import RunConfig, parse_config
@@ -57,14 +58,14 @@ class Recorder:
         trainer.batches = self._watch(trainer.batches)
         trainer.objective = self  # type: ignore[assignment]
 
-    def __call__(self, model: Any, x0: Tensor, labels: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
+    def __call__(self, model: Any, clean: Tensor | Posterior, labels: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
         seen: list[Tensor] = []
 
         def watched(x_t: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
             seen.extend((x_t.detach(), t, dropped))
             return model(x_t, t, dropped)
 
-        loss = self._objective(watched, x0, labels, position, dtype=dtype)
+        loss = self._objective(watched, clean, labels, position, dtype=dtype)
         assert self._batch is not None
         for i, n in enumerate(position.tolist()):
             noise = hashlib.sha256(seen[0][i].float().numpy().tobytes() + seen[2][i].numpy().tobytes()).hexdigest()

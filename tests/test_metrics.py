@@ -13,20 +13,20 @@ from fasttrain.metrics import PEAK_TFLOPS, Meters, Reporter, Stopwatch, peak_flo
 from tests.ranks import run_ranks
 
 RANGES, NUM_TIMESTEPS = 4, 1000
-# Two micro-batches a rank: rank 0 draws the first two, rank 1 the others. Their edges 249 | 250 lie in two ranges.
+# Two micro-batches a rank: rank 0 draws the first two, rank 1 the others. For each range the sum of its samples' losses and their count.
 BATCHES = [
-    (1.0, [1.0, 3.0], [0, 249]),
-    (2.0, [10.0, 20.0], [250, 999]),
-    (3.0, [5.0, 7.0], [100, 251]),
-    (6.0, [2.0, 4.0], [999, 999]),
+    (1.0, [[4.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+    (2.0, [[0.0, 0.0], [10.0, 1.0], [0.0, 0.0], [20.0, 1.0]]),
+    (3.0, [[5.0, 1.0], [7.0, 1.0], [0.0, 0.0], [0.0, 0.0]]),
+    (6.0, [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [6.0, 2.0]]),
 ]
 
 
 def _metered(processes: Processes) -> list[dict]:
     meters = Meters(processes, RANGES, NUM_TIMESTEPS)
     half = len(BATCHES) // processes.world_size
-    for loss, mse, t in BATCHES[processes.rank * half : (processes.rank + 1) * half]:
-        meters.add(torch.tensor(loss, requires_grad=True), torch.tensor(mse), torch.tensor(t))
+    for loss, by_range in BATCHES[processes.rank * half : (processes.rank + 1) * half]:
+        meters.add(torch.tensor(loss, requires_grad=True), torch.tensor(by_range))
     return [meters.reduce(), meters.reduce()]
 
 
@@ -36,6 +36,24 @@ def test_means_are_over_all_ranks_and_by_timestep(world_size):
         assert first["loss"] == 3.0
         assert first["mse_by_timestep"] == {"0-249": 3.0, "250-499": 8.5, "500-749": None, "750-999": pytest.approx(26 / 3)}
         assert second == {"loss": None, "mse_by_timestep": dict.fromkeys(first["mse_by_timestep"])}
+
+
+@pytest.mark.parametrize(("ranges", "num_timesteps"), [(3, 1000), (7, 50), (10, 1000), (1, 2)])
+def test_ranges_are_named_by_the_timesteps_that_the_objective_counts_in_them(ranges: int, num_timesteps: int, alone: Processes):
+    counted: dict[int, list[int]] = {r: [] for r in range(ranges)}
+    for t in range(num_timesteps):
+        counted[t * ranges // num_timesteps].append(t)
+    names = list(Meters(alone, ranges, num_timesteps)._names)
+    assert names == [f"{timesteps[0]}-{timesteps[-1]}" for timesteps in counted.values()]
+
+
+def test_sums_of_many_micro_batches_are_kept_in_float64(alone: Processes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Processes, "sum", lambda self, values: values)
+    meters = Meters(alone, 1, 1000)
+    meters.add(torch.tensor(2.0**25), torch.tensor([[2.0**25, 1.0]]))
+    for _ in range(3):
+        meters.add(torch.tensor(1.0), torch.tensor([[1.0, 0.0]]))
+    assert meters.reduce() == {"loss": (2**25 + 3) / 4, "mse_by_timestep": {"0-999": 2**25 + 3.0}}
 
 
 @pytest.fixture

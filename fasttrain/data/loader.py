@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from fasttrain_kernels.dispatch import Kernels
+from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
 from fasttrain.data.config import DataConfig
@@ -26,12 +28,16 @@ from fasttrain.errors import UserError
 
 
 class Batch(NamedTuple):
-    """x0 [B, C, H, W] fp32, labels [B] int64 and position [B] int64 on the device; sample_id [B] int64 on the host."""
+    """A micro-batch: everything on the device but sample_id, which stays on the host."""
 
-    x0: Tensor
-    labels: Tensor
-    position: Tensor
-    sample_id: Tensor
+    clean: Tensor | Posterior  # x0 [B, C, H, W] fp32, or the stored posteriors that it is drawn from
+    labels: Tensor  # [B] int64
+    position: Tensor  # [B] int64
+    sample_id: Tensor  # [B] int64
+
+    def x0(self, seed: Tensor) -> Tensor:
+        """x0 [B, C, H, W] fp32: of latents the draw that training makes under the run's `seed` [] int64."""
+        return self.clean if isinstance(self.clean, Tensor) else self.clean.sample(seed, self.position)
 
 
 class _Raw(NamedTuple):
@@ -53,7 +59,7 @@ class Loader:
     Args:
         shards: what to read.
         order: which sample stands at which position.
-        transform: (stored [B, *shape], position [B]) on the device -> x0 [B, C, H, W] fp32.
+        transform: (stored [B, *shape], position [B]) on the device -> x0 [B, C, H, W] fp32, or what it is drawn from.
         device: where batches go; on CUDA through pinned memory and a stream of its own.
         threads: that gather; 0 gathers in the caller. Any number gives the same batches in the same order.
         ahead: batches gathered before they are asked for, where there are threads.
@@ -63,7 +69,7 @@ class Loader:
         self,
         shards: ShardSet,
         order: SampleOrder,
-        transform: Callable[[Tensor, Tensor], Tensor],
+        transform: Callable[[Tensor, Tensor], Tensor | Posterior],
         device: torch.device | str = "cpu",
         threads: int = 1,
         ahead: int = 4,
@@ -140,13 +146,14 @@ class Loader:
         self.close()
 
 
-def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loader:
+def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor, kernels: Kernels | None = None) -> Loader:
     """The loader of a run's training samples, on the seed's device.
 
     Args:
         config: the `data:` section.
         shards: ShardSet.open(config.train, config.verify).
-        seed: [] int64 of the run; keys the order, the flips and the posteriors.
+        seed: [] int64 of the run; keys the order and the flips of images.
+        kernels: the implementation of each operation; default: auto for all.
 
     Raises:
         UserError: nothing left to train on beside the held-out samples.
@@ -155,7 +162,7 @@ def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loade
     if kept < 1:
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; leave some to train on")
     order = Order(kept, shards.index.shard_samples, int(seed), config.streams, config.window_shards)
-    transform = build_transform(shards.index, seed, config.flip, config.normalise)
+    transform = build_transform(shards.index, seed, config.flip, config.normalise, (kernels or Kernels()).of("uniform"))
     return Loader(shards, order, transform, seed.device, config.threads, config.ahead)
 
 

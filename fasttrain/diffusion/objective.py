@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from fasttrain_kernels.dispatch import Kernels
+from fasttrain_kernels.latent_noising import Posterior, latent_noising
 from fasttrain_kernels.noising import noising
 from fasttrain_kernels.philox import Purpose
 from fasttrain_kernels.uniform import uniform
@@ -26,6 +28,7 @@ class Loss(NamedTuple):
     loss: Tensor  # [] fp32, mean over the samples of the weighted squared error; differentiable
     weighted: Tensor  # [B] fp32, each sample's weighted squared error
     mse: Tensor  # [B] fp32, each sample's unweighted squared error of the target
+    by_range: Tensor  # [ranges, 2] fp32: for each range of timesteps the sum of mse and the count of samples
     t: Tensor  # [B] the timesteps drawn
 
 
@@ -41,7 +44,8 @@ class Objective:
         label_drop: probability in [0, 1) of replacing a label by `null_label` (classifier-free guidance needs it).
         null_label: the model's label for "no class"; None for an unconditional model.
         seed: [] int64, on the device of the data.
-        impl: which kernels: auto, triton or reference.
+        ranges: how many equal ranges of timesteps the unweighted loss is told apart in.
+        kernels: the implementation of each operation; default: auto for all.
 
     Raises:
         UserError: a combination that is undefined at some timestep, or label dropout without a null label.
@@ -57,7 +61,8 @@ class Objective:
         label_drop: float,
         null_label: int | None,
         seed: Tensor,
-        impl: str = "auto",
+        ranges: int = 1,
+        kernels: Kernels | None = None,
     ):
         _require_defined(schedule, prediction, weighting)
         _require_droppable(label_drop, null_label)
@@ -68,24 +73,53 @@ class Objective:
         self.label_drop = label_drop
         self.null_label = null_label
         self.seed = seed
-        self.impl = impl
+        self.ranges = ranges
+        self.kernels = kernels or Kernels()
 
-    def __call__(self, model: Model, x0: Tensor, labels: Tensor, position: Tensor, dtype: torch.dtype | None = None) -> Loss:
-        """The loss of x0 [B, C, H, W] with labels [B] at position [B] int64; the model's input is of `dtype` (default: x0's)."""
-        t = self.schedule.timestep(self.timesteps.draw(self.seed, position))
+    def __call__(self, model: Model, clean: Tensor | Posterior, labels: Tensor, position: Tensor, dtype: torch.dtype | None = None) -> Loss:
+        """The loss of a micro-batch.
+
+        Args:
+            clean: x0 [B, C, H, W], or the stored posteriors that it is drawn from.
+            labels: [B] int64.
+            position: [B] int64, the draws' places in training.
+            dtype: of the model's input; x0's by default.
+        """
+        t = self.schedule.timestep(self.timesteps.draw(self.seed, position, self.kernels.of("uniform")))
         alpha, sigma = self.schedule.alpha_sigma(t)
         x0_coef, eps_coef = self.prediction.coefficients(alpha, sigma)
         weight = target_weight(self.weighting, self.prediction, alpha, sigma)
 
-        x_t = noising(x0, alpha.float(), sigma.float(), self.seed, position, dtype=dtype, impl=self.impl)
+        x_t, x0 = self._noised(clean, alpha.float(), sigma.float(), position, dtype)
         pred = model(x_t, t, self._dropped(labels, position))
-        loss, mse = weighted_mse(pred, x0, x0_coef.float(), eps_coef.float(), weight.float(), self.seed, position, impl=self.impl)
-        return Loss(loss.mean(), loss.detach(), mse, t)
+        loss, mse, by_range = weighted_mse(
+            pred,
+            x0,
+            x0_coef.float(),
+            eps_coef.float(),
+            weight.float(),
+            self.seed,
+            position,
+            timestep_range=torch.div(t * self.ranges, self.schedule.num_timesteps, rounding_mode="floor").long(),
+            ranges=self.ranges,
+            impl=self.kernels.of("weighted_mse"),
+        )
+        return Loss(loss.mean(), loss.detach(), mse, by_range, t)
+
+    def _noised(
+        self, clean: Tensor | Posterior, alpha: Tensor, sigma: Tensor, position: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """(x_t in `dtype`, x0)."""
+        if isinstance(clean, Tensor):
+            return noising(clean, alpha, sigma, self.seed, position, dtype=dtype, impl=self.kernels.of("noising")), clean
+        stored, shift, scale, flip = clean
+        draw, impl = (self.seed, position), self.kernels.of("latent_noising")
+        return latent_noising(stored, shift, scale, alpha, sigma, *draw, flip=flip, dtype=dtype or torch.float32, impl=impl)
 
     def _dropped(self, labels: Tensor, position: Tensor) -> Tensor:
         if self.null_label is None or self.label_drop == 0:
             return labels
-        drop = uniform(self.seed, position, Purpose.LABEL_DROP) < self.label_drop
+        drop = uniform(self.seed, position, Purpose.LABEL_DROP, impl=self.kernels.of("uniform")) < self.label_drop
         return labels.masked_fill(drop, self.null_label)
 
 

@@ -14,6 +14,8 @@ from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.philox import Purpose, normal, normals
 
+# 8 elements a thread at 4 warps: one 16-byte access of bf16. A latent of 4 x 32 x 32 gives 4 programs; 32 images fill 128 processors.
+# Not timed: the operation is a launch and little else.
 _BLOCK = 1024
 
 
@@ -37,17 +39,18 @@ def _noising_kernel(
     seed,  # [] int64
     position,  # [B] int64
     size,
+    blocks,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK
-    element = start + tl.arange(0, BLOCK)
-    inside = element < size
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size - start
     eps = normals(tl.load(seed), tl.load(position + sample), start, PURPOSE, BLOCK)
-    clean = tl.load(x0 + sample * size + element, mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(x0 + sample * size + start + lane, mask=inside, other=0.0).to(tl.float32)
     noisy = tl.load(alpha + sample) * clean + tl.load(sigma + sample) * eps
-    tl.store(x_t + sample * size + element, noisy, mask=inside)
+    tl.store(x_t + sample * size + start + lane, noisy, mask=inside)
 
 
 @torch.library.custom_op("fasttrain::noising", mutates_args=())
@@ -56,9 +59,10 @@ def _noising_op(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position
     x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
     if x_t.numel() > 0:
         size = x0[0].numel()
-        grid = (x0.shape[0], triton.cdiv(size, _BLOCK))
+        blocks = triton.cdiv(size, _BLOCK)
+        inputs = (alpha, sigma, seed, position, size, blocks)
         with torch.cuda.device_of(x0):
-            _noising_kernel[grid](x0, x_t, alpha, sigma, seed, position, size, int(Purpose.NOISE), _BLOCK, num_warps=4)
+            _noising_kernel[x0.shape[0] * blocks,](x0, x_t, *inputs, int(Purpose.NOISE), _BLOCK, num_warps=4)
     return x_t
 
 

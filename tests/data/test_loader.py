@@ -36,11 +36,11 @@ def test_a_batch_is_what_the_order_and_the_shards_say(prepared_digits: Path):
         positions = positions_of(1790, number, 16, 1, 2)
         ids = loader.order.sample_ids(positions)
         stored, labels = loader.shards.gather(ids)
-        assert batch.x0.dtype == torch.float32 and batch.labels.dtype == batch.position.dtype == batch.sample_id.dtype == torch.int64
+        assert batch.clean.dtype == torch.float32 and batch.labels.dtype == batch.position.dtype == batch.sample_id.dtype == torch.int64
         np.testing.assert_array_equal(batch.sample_id, ids)
         np.testing.assert_array_equal(batch.position, positions)
         np.testing.assert_array_equal(batch.labels, labels)
-        assert torch.equal(batch.x0, loader.transform(torch.from_numpy(stored), torch.from_numpy(positions)))
+        assert torch.equal(batch.clean, loader.transform(torch.from_numpy(stored), torch.from_numpy(positions)))
 
 
 def test_traces_do_not_know_the_number_of_threads(prepared_digits: Path):
@@ -54,7 +54,7 @@ def _by_position(folder: Path, world: int, start: int, steps: int, global_batch:
     seen = {}
     for rank in range(world):
         for batch in _trace(_loader(folder, flip=True), steps, start, global_batch // world, rank, world):
-            for position, sample, x0 in zip(batch.position.tolist(), batch.sample_id.tolist(), batch.x0, strict=True):
+            for position, sample, x0 in zip(batch.position.tolist(), batch.sample_id.tolist(), batch.x0(SEED), strict=True):
                 assert position not in seen
                 seen[position] = (sample, x0.numpy().tobytes())
     return seen
@@ -130,4 +130,4 @@ def test_batches_on_the_gpu_equal_those_on_the_cpu(prepared_digits: Path):
     config, shards = DataConfig(train=str(prepared_digits), flip=True, threads=3), ShardSet.open(prepared_digits)
     on_gpu = _trace(training_loader(config, shards, SEED.cuda()), 100, 0, 16)
     for gpu, cpu in zip(on_gpu, _trace(training_loader(config, shards, SEED), 100, 0, 16), strict=True):
-        assert gpu.x0.is_cuda and torch.equal(gpu.x0.cpu(), cpu.x0) and torch.equal(gpu.labels.cpu(), cpu.labels)
+        assert gpu.clean.is_cuda and torch.equal(gpu.clean.cpu(), cpu.clean) and torch.equal(gpu.labels.cpu(), cpu.labels)

@@ -1,4 +1,4 @@
-"""From stored samples to x0: ranges, flips and posteriors, as functions of seed and position alone."""
+"""From stored samples to what a step begins with: ranges, flips and posteriors, as functions of seed and position alone."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_images_are_mirrored_where_the_position_says_so():
 def test_latents_follow_the_formula():
     stored, position = _posteriors(8), torch.arange(40, 48)
     shift, scale = torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.0, 2.0, 0.18])
-    x0 = LatentTransform(shift, scale, SEED, flip=True)(stored, position)
+    x0 = LatentTransform(shift, scale, flip=True)(stored, position).sample(SEED, position)
     eps = normal(SEED, position, (4, 6, 6), Purpose.POSTERIOR)
     for b in range(8):
         mean, logvar = stored[b, int(uniform(SEED, position[b : b + 1], Purpose.FLIP) < 0.5)].float()
@@ -46,20 +46,20 @@ def test_latents_follow_the_formula():
 
 
 def test_a_posterior_is_drawn_anew_at_each_visit_and_alike_at_the_same_one():
-    stored, transform = _posteriors(2)[:1], LatentTransform(torch.zeros(4), torch.ones(4), SEED)
-    here, again, there = (transform(stored, torch.tensor([n])) for n in (3, 3, 4))
+    stored, transform = _posteriors(2)[:1], LatentTransform(torch.zeros(4), torch.ones(4))
+    here, again, there = (transform(stored, torch.tensor([n])).sample(SEED, torch.tensor([n])) for n in (3, 3, 4))
     assert torch.equal(here, again) and not torch.equal(here, there)
 
 
 def test_a_batch_is_its_samples():
     stored, position = _posteriors(8), torch.arange(8) * 2**31
-    transform = LatentTransform(torch.zeros(4), torch.ones(4), SEED, flip=True)
-    alone = torch.cat([transform(stored[b : b + 1], position[b : b + 1]) for b in range(8)])
-    assert torch.equal(transform(stored, position), alone)
+    transform = LatentTransform(torch.zeros(4), torch.ones(4), flip=True)
+    alone = [transform(stored[b : b + 1], position[b : b + 1]).sample(SEED, position[b : b + 1]) for b in range(8)]
+    assert torch.equal(transform(stored, position).sample(SEED, position), torch.cat(alone))
 
 
 def test_to_latents_undoes_the_scaling():
-    transform = LatentTransform(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0]), SEED)
+    transform = LatentTransform(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 4.0]))
     z = torch.randn(3, 2, 4, 4)
     x0 = (z - transform.shift[:, None, None]) * transform.scale[:, None, None]
     torch.testing.assert_close(transform.to_latents(x0), z)

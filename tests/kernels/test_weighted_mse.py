@@ -23,7 +23,7 @@ def test_every_target_is_linear_in_x0_and_eps(target: str, impl: str, device: to
     eps = normal(inputs["seed"], inputs["position"], (4, 5, 5))
     wanted = coefficients[0][:, None, None, None] * inputs["x0"] + coefficients[1][:, None, None, None] * eps
     mse = F.mse_loss(inputs["pred"], wanted, reduction="none").mean((1, 2, 3))
-    loss, plain = weighted_mse(**inputs, impl=impl)
+    loss, plain, _ = weighted_mse(**inputs, ranges=5, impl=impl)
     torch.testing.assert_close(plain, mse, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss, inputs["weight"] * mse, rtol=1e-5, atol=0)
 
@@ -33,23 +33,68 @@ def test_every_target_is_linear_in_x0_and_eps(target: str, impl: str, device: to
 def test_only_the_loss_is_differentiable(impl: str, device: torch.device) -> None:
     inputs = weighted_mse_inputs((2, 3, 4), torch.bfloat16, device)
     inputs["pred"].requires_grad_()
-    loss, mse = weighted_mse(**inputs, impl=impl)
-    assert loss.requires_grad and not mse.requires_grad
-    assert loss.dtype == mse.dtype == torch.float32
+    loss, mse, by_range = weighted_mse(**inputs, ranges=5, impl=impl)
+    assert loss.requires_grad and not mse.requires_grad and not by_range.requires_grad
+    assert loss.dtype == mse.dtype == by_range.dtype == torch.float32
+
+
+RANGES = [0, 2, 2, 5, -7, 9, 2]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("ranges", [1, 4, 6, 40])
+def test_every_sample_counts_in_one_range_and_outside_in_the_nearest(ranges: int, impl: str, device: torch.device) -> None:
+    inputs = weighted_mse_inputs((7, 2, 3), torch.float32, device)
+    inputs["timestep_range"] = torch.tensor(RANGES, device=device)
+    _, mse, by_range = weighted_mse(**inputs, ranges=ranges, impl=impl)
+    wanted = torch.zeros(ranges, 2, device=device)
+    for b, where in enumerate(RANGES):
+        wanted[min(max(where, 0), ranges - 1)] += torch.stack([mse[b], torch.ones_like(mse[b])])
+    torch.testing.assert_close(by_range, wanted)
+    assert by_range[:, 1].sum() == len(RANGES)
+
+
+@pytest.mark.usefixtures("kernels", "poisoned")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_no_samples_make_empty_ranges(impl: str, device: torch.device) -> None:
+    loss, mse, by_range = weighted_mse(**weighted_mse_inputs((0, 2, 3), torch.float32, device), ranges=3, impl=impl)
+    assert loss.shape == mse.shape == (0,) and torch.equal(by_range, torch.zeros(3, 2, device=device))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_sample_that_is_not_finite_spoils_its_own_range_only(impl: str, device: torch.device) -> None:
+    inputs = weighted_mse_inputs((5, 4), torch.float32, device)
+    inputs["pred"][1] = float("nan")
+    loss, mse, by_range = weighted_mse(**inputs, ranges=5, impl=impl)
+    spoiled = inputs["timestep_range"][1].item()
+    assert [r for r in range(5) if by_range[r, 0].isnan()] == [spoiled]
+    assert mse.isnan().tolist() == loss.isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_samples_loss_does_not_know_its_batch(device: torch.device) -> None:
+    inputs = weighted_mse_inputs((70, 5), torch.float32, device)
+    together, _, by_range = weighted_mse(**inputs, ranges=5, impl="triton")
+    for b in (0, 63, 64, 69):
+        one = {name: t if name == "seed" else t[b : b + 1] for name, t in inputs.items()}
+        assert torch.equal(weighted_mse(**one, ranges=5, impl="triton")[0][0], together[b])
+    torch.testing.assert_close(by_range, weighted_mse(**inputs, ranges=5, impl="reference")[2])
 
 
 @pytest.mark.usefixtures("kernels")
 def test_more_blocks_than_one_pass_adds(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK", 4)
-    inputs = weighted_mse_inputs((2, 27), torch.float32, device)
-    torch.testing.assert_close(weighted_mse(**inputs, impl="triton"), weighted_mse(**inputs, impl="reference"))
+    inputs = weighted_mse_inputs((2, 131), torch.float32, device)  # 33 blocks
+    torch.testing.assert_close(weighted_mse(**inputs, ranges=5, impl="triton"), weighted_mse(**inputs, ranges=5, impl="reference"))
 
 
 @pytest.mark.usefixtures("kernels")
 def test_the_gradient_of_the_mean_loss_is_that_of_plain_torch(device: torch.device) -> None:
     inputs = weighted_mse_inputs((3, 2, 9), torch.float32, device)
     pred = inputs.pop("pred").requires_grad_()
-    (ours,) = torch.autograd.grad(weighted_mse(pred, **inputs, impl="triton")[0].mean(), pred)
+    (ours,) = torch.autograd.grad(weighted_mse(pred, **inputs, ranges=5, impl="triton")[0].mean(), pred)
     eps = normal(inputs["seed"], inputs["position"], (2, 9))
     target = inputs["x0_coef"][:, None, None] * inputs["x0"] + inputs["eps_coef"][:, None, None] * eps
     loss = (inputs["weight"] * (pred - target).square().mean((1, 2))).mean()
@@ -61,8 +106,8 @@ def test_the_gradient_of_the_mean_loss_is_that_of_plain_torch(device: torch.devi
 def test_the_registered_operations_pass_torchs_own_checks(device: torch.device) -> None:
     inputs = weighted_mse_inputs((2, 3, 5), torch.float32, device)
     inputs["pred"].requires_grad_()
-    torch.library.opcheck(torch.ops.fasttrain.weighted_mse.default, tuple(inputs.values()))
-    plain = (torch.rand(2, device=device), *(t.detach() for t in inputs.values()))
+    torch.library.opcheck(torch.ops.fasttrain.weighted_mse.default, (*inputs.values(), 4))
+    plain = (torch.rand(2, device=device), *(t.detach() for t in list(inputs.values())[:-1]))
     torch.library.opcheck(torch.ops.fasttrain.weighted_mse_backward.default, plain)
 
 
@@ -72,15 +117,19 @@ def test_the_registered_operations_pass_torchs_own_checks(device: torch.device) 
         ("x0", torch.ones(2, 3, 5), r"pred and x0 must both be \[B, ...\].*\[2, 3, 4\] and \[2, 3, 5\]"),
         ("weight", torch.ones(1), r"weight must be \[2\]"),
         ("eps_coef", torch.ones(2, requires_grad=True), "only pred gets a gradient: detach eps_coef"),
+        ("timestep_range", torch.zeros(3, dtype=torch.int64), r"timestep_range must be \[2\]"),
+        ("timestep_range", torch.zeros(2), "timestep_range must be int64 and ranges at least 1, got torch.float32 and 4"),
+        ("timestep_range", torch.zeros(2, dtype=torch.int64, device="meta"), "timestep_range is on meta, the other tensors on cpu"),
+        ("ranges", 0, "ranges at least 1, got torch.int64 and 0"),
         ("x0", torch.ones(2, 3, 4, dtype=torch.uint8), "x0 must be of a floating-point type, got torch.uint8"),
     ],
 )
-def test_a_wrong_argument_is_named(name: str, value: torch.Tensor, message: str) -> None:
+def test_a_wrong_argument_is_named(name: str, value: torch.Tensor | int, message: str) -> None:
     inputs = weighted_mse_inputs((2, 3, 4), torch.float32, CPU)
     with pytest.raises(ValueError, match=message):
-        weighted_mse(**{**inputs, name: value})
+        weighted_mse(**{**inputs, "ranges": 4, name: value})
 
 
 def test_empty_samples_have_no_mean() -> None:
     with pytest.raises(ValueError, match="with elements in each sample"):
-        weighted_mse(**weighted_mse_inputs((2, 0, 4), torch.float32, CPU))
+        weighted_mse(**weighted_mse_inputs((2, 0, 4), torch.float32, CPU), ranges=4)

@@ -36,7 +36,7 @@ def latent_noising_inputs(shape: Shape, dtype: torch.dtype, device: torch.device
 
 
 def weighted_mse_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """pred and x0 of `shape`; the first sample's target holds no noise, the others are v-targets."""
+    """pred and x0 of `shape`; the first sample's target holds no noise, the others are v-targets; ranges 3, 0, 2, 4, 1 and on."""
     angle = torch.linspace(0.0, 1.5, shape[0], device=device)
     return {
         "pred": randn(shape, dtype, device, 1),
@@ -45,6 +45,7 @@ def weighted_mse_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) 
         "eps_coef": torch.where(angle == 0, 0.0, angle.cos()),
         "weight": torch.linspace(0.25, 4.0, shape[0], device=device),
         **draws(shape[0], device),
+        "timestep_range": (3 + 2 * torch.arange(shape[0], device=device)) % 5,
     }
 
 
@@ -92,5 +93,6 @@ NOISE_CASES = {
         sample=(4, 32, 32),
         real=((4, 32, 32),),
         minimum=(4, 6),
+        options=({"ranges": 6},),
     ),
 }

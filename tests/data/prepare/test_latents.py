@@ -76,7 +76,8 @@ def test_the_recorded_scale_normalises_sampled_latents(prepared: Path):
     shards = ShardSet.open(prepared)
     stored = torch.from_numpy(shards.gather(np.arange(203))[0]).repeat(8, 1, 1, 1, 1, 1)
     transform = build_transform(shards.index, torch.tensor(3), flip=True)
-    x0 = transform(stored, torch.arange(len(stored)))
+    position = torch.arange(len(stored))
+    x0 = transform(stored, position).sample(3, position)
     torch.testing.assert_close(x0.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.02)
     torch.testing.assert_close(x0.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.02)
 
