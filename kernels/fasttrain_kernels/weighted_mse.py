@@ -22,7 +22,7 @@ from fasttrain_kernels.philox import Purpose, normal, normals
 # 8 elements a thread at 4 warps: one 16-byte access of bf16. A latent of 4 x 32 x 32 gives 4 programs; 32 images fill 128 processors.
 # The second pass is one program for a usual number of ranges: 64 samples of 16 blocks are 8 registers a thread. Not timed.
 _BLOCK = 1024
-_SAMPLES, _BLOCKS, _RANGES = 64, 16, 32
+_SAMPLES, _BLOCKS, _RANGES = 64, 16, 16
 
 
 def weighted_mse_reference(
@@ -127,10 +127,10 @@ def _finish_kernel(
             place = sample.to(tl.int64)[:, None] * blocks + block[None, :]
             added += tl.load(sums + place, mask=inside[:, None] & (block < blocks)[None, :], other=0.0)
         mean = tl.sum(added, axis=1) / size
-        told = inside & (tl.program_id(0) == 0)
-        tl.store(mse + sample, mean, mask=told)
-        tl.store(loss + sample, mean * tl.load(weight + sample, mask=inside, other=0.0), mask=told)
-        where = tl.minimum(tl.maximum(tl.load(timestep_range + sample, mask=inside, other=0), 0), ranges - 1)
+        if tl.program_id(0) == 0:
+            tl.store(mse + sample, mean, mask=inside)
+            tl.store(loss + sample, mean * tl.load(weight + sample, mask=inside, other=0.0), mask=inside)
+        where = tl.minimum(tl.maximum(tl.load(timestep_range + sample, mask=inside, other=0), 0), ranges - 1).to(tl.int32)
         hit = (where[None, :] == mine[:, None]) & inside[None, :]
         total += tl.sum(tl.where(hit, mean[None, :], 0.0), axis=1)
         count += tl.sum(tl.where(hit, 1.0, 0.0), axis=1)
