@@ -4,8 +4,8 @@
     stratified:  u_n = frac(offset + n / golden ratio),  offset 64 bits of counter (0, purpose, 0)             [Weyl 1916]
 
 Both are exact: integers of 32 or 64 bits, of which float64 keeps all, or the 53 leading ones. So the torch reference and the kernel give
-the same bits. position is [B] int64, the result [B] float64: 8 bytes read and 8 written per element. No gradient. In plain torch Philox is
-about two hundred launches of a few numbers each, and waits for their launching on a GPU; the kernel is one.
+the same bits. position is [B] int64, the result [B] float64: 8 bytes read and 8 written per element. No gradient. In plain torch a draw is
+280 launches of a few numbers each, and on a GPU waits for their launching; the kernel is one.
 """
 
 import torch

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fasttrain_kernels.latent_noising import Posterior
+from fasttrain_kernels.philox import Purpose, normal
+from fasttrain_kernels.uniform import uniform
 
 from fasttrain.data.config import DataConfig
 from fasttrain.data.loader import Batch, Loader, held_out_loader, positions_of, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
+from tests.shards import write_random
 
 SEED = torch.tensor(11)
 
@@ -69,6 +73,22 @@ def test_worlds_of_1_2_4_and_restarts_between_them_see_the_same(prepared_digits:
     for world, start in [(2, 0), (1, 20), (4, 40)]:
         elastic |= _by_position(prepared_digits, world, start * 32, 20, 32)
     assert elastic == whole
+
+
+def test_latents_are_drawn_under_the_runs_seed_at_their_positions(tmp_path: Path):
+    folder = write_random(tmp_path / "latents", "latent", (2, 2, 4, 3, 3), classes=2)
+    loader = _loader(folder, flip=True)
+    (batch,) = _trace(loader, 1, 100, 8)
+    stored, _ = loader.shards.gather(batch.sample_id.numpy())
+    shift, scale = (torch.tensor(c).view(4, 1, 1) for c in (loader.shards.index.latent_shift, loader.shards.index.latent_scale))
+    mirrored = uniform(SEED, batch.position, Purpose.FLIP) < 0.5
+    assert 0 < mirrored.sum() < 8
+    mean, logvar = torch.from_numpy(stored)[torch.arange(8), mirrored.long()].float().unbind(1)
+    z = mean + (logvar / 2).exp() * normal(SEED, batch.position, (4, 3, 3), Purpose.POSTERIOR)
+    torch.testing.assert_close(batch.x0(SEED), (z - shift) * scale)
+    assert isinstance(batch.clean, Posterior) and torch.equal(batch.clean.stored, torch.from_numpy(stored))
+    (held_out,) = _trace(held_out_loader(DataConfig(train=str(folder), held_out=2, flip=True), loader.shards, SEED), 1, 0, 2)
+    assert isinstance(held_out.clean, Posterior) and not held_out.clean.flip
 
 
 def test_held_out_samples_are_kept_apart(prepared_digits: Path):

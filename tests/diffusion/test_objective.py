@@ -1,10 +1,17 @@
 """The objective against plain torch, and what may and may not decide its draws."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from fasttrain_kernels.dispatch import Kernels
+from fasttrain_kernels.language import HAS_TRITON
+from fasttrain_kernels.latent_noising import Posterior
 from fasttrain_kernels.philox import Purpose, normal
 from fasttrain_kernels.uniform import uniform
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttrain.diffusion.objective import Loss, Objective
 from fasttrain.diffusion.prediction import PREDICTIONS
@@ -26,6 +33,8 @@ def build(
     *,
     label_drop: float = 0.0,
     null_label: int | None = NULL,
+    ranges: int = 1,
+    kernels: Kernels | None = None,
 ) -> Objective:
     return Objective(
         SCHEDULES.build(schedule),
@@ -35,7 +44,14 @@ def build(
         label_drop=label_drop,
         null_label=null_label,
         seed=SEED,
+        ranges=ranges,
+        kernels=kernels,
     )
+
+
+def posterior(count: int = 24) -> Posterior:
+    stored = torch.randn(count, 2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(4)).half()
+    return Posterior(stored, torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]), flip=True)
 
 
 def batch(count: int = 24) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +115,81 @@ def test_positions_decide_all_draws_whatever_the_batches(timesteps: str) -> None
         assert torch.equal(expected[order], actual)
     assert torch.equal(together.t[order], torch.cat([part.t for part in parts]))
     assert torch.equal(together.mse[order], torch.cat([part.mse for part in parts]))
+
+
+@pytest.mark.parametrize(("schedule", "ranges"), [("cosine", 10), ("cosine", 7), ({"name": "linear", "num_timesteps": 50}, 3)])
+def test_the_loss_is_told_apart_by_equal_ranges_of_timesteps(schedule: str | dict, ranges: int) -> None:
+    objective = build(schedule, ranges=ranges)
+    loss = objective(Recorder(), *batch(200))
+    wanted = torch.zeros(ranges, 2)
+    for t, mse in zip(loss.t.tolist(), loss.mse, strict=True):
+        wanted[t * ranges // objective.schedule.num_timesteps] += torch.stack([mse, torch.ones_like(mse)])
+    torch.testing.assert_close(loss.by_range, wanted)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_stored_latents_train_as_the_x0_that_they_are_drawn_to(dtype: torch.dtype | None) -> None:
+    _, labels, position = batch()
+    drawn, given = Recorder(), Recorder()
+    from_stored = build("cosine", "v")(drawn, posterior(), labels, position, dtype)
+    from_x0 = build("cosine", "v")(given, posterior().sample(SEED, position), labels, position, dtype)
+    for one, other in zip((*from_stored, *drawn.seen()), (*from_x0, *given.seen()), strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("timesteps", TIMESTEPS.names())
+@pytest.mark.parametrize("latents", [False, True])
+def test_the_kernels_give_the_references_loss(latents: bool, timesteps: str) -> None:
+    from tests.kernels.interpreter import interpreting
+
+    x0, labels, position = batch(5)
+    seen, losses = [], []
+    with interpreting():
+        for impl in ("triton", "reference"):
+            model = Recorder()
+            objective = build("cosine", "v", timesteps=timesteps, label_drop=0.4, ranges=4, kernels=Kernels(impl))
+            loss = objective(model, posterior(5) if latents else x0, labels, position)
+            loss.loss.backward()
+            seen.append(model.seen())
+            losses.append([*loss, model.weight.grad])
+    for ours, theirs in zip((*seen[0], *losses[0]), (*seen[1], *losses[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+class LaunchCount(TorchDispatchMode):
+    """Counts torch's own operations that compute: on a GPU each is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
+        if not view and func.namespace == "aten" and "empty" not in func._schema.name and func is not torch.ops.aten.detach.default:
+            self.names[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+def test_a_micro_batch_takes_few_launches() -> None:
+    """With plain torch's Philox alone it would be more than a thousand."""
+    from tests.kernels.interpreter import recording
+
+    objective = build("cosine", "v", timesteps="stratified", label_drop=0.1, ranges=10, kernels=Kernels("triton"))
+    _, labels, position = batch()
+    with recording() as launches:
+        objective(Recorder(), posterior(), labels, position)  # the schedule's table is made
+        launches.clear()
+        with LaunchCount() as torchs:
+            objective(Recorder(), posterior(), labels, position).loss.backward()
+    names = Counter(launch.kernel.fn.__name__ for launch in launches)
+    once = ("_latent_noising_kernel", "_block_sums_kernel", "_finish_kernel", "_gradient_kernel")
+    assert names == {"_uniform_kernel": 2, **dict.fromkeys(once, 1)}
+    assert torchs.names.total() < 40, torchs.names
 
 
 def test_another_position_or_seed_draws_otherwise() -> None:
