@@ -1,14 +1,17 @@
 """The randomness in plain torch: published vectors, and the statistics of what is made from them."""
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from fasttrain_kernels.philox import Purpose, normal, philox
-from scipy import stats
+from torch import Tensor
+
+from benchmarks import noise
+from benchmarks.noise import Figure
 
 SEED = 0x1234_5678_9ABC_DEF0
-SIX_SIGMA = 6.0
 
 
 @pytest.mark.parametrize(
@@ -62,28 +65,55 @@ def test_seed_as_tensor_and_as_int_agree() -> None:
     assert torch.equal(normal(2**64 - 3, torch.arange(2), (4,)), normal(-3, torch.arange(2), (4,)))
 
 
-def test_normals_are_normal() -> None:
-    z = normal(SEED, torch.arange(1024), (1024,)).double().flatten()
-    n = z.numel()
-    assert abs(z.mean()) < SIX_SIGMA / math.sqrt(n)
-    assert abs(z.var() - 1) < SIX_SIGMA * math.sqrt(2 / n)
-    assert abs((z**3).mean()) < SIX_SIGMA * math.sqrt(15 / n)
-    assert abs((z**4).mean() - 3) < SIX_SIGMA * math.sqrt(96 / n)
-    assert stats.kstest(z[:200_000].numpy(), "norm").pvalue > 1e-3
-    expected_beyond_four = n * 2 * stats.norm.sf(4)
-    assert abs((z.abs() > 4).sum() - expected_beyond_four) < SIX_SIGMA * math.sqrt(expected_beyond_four)
+def outside(figures: list[Figure]) -> list[Figure]:
+    return [figure for figure in figures if not figure.within]
 
 
-def test_normals_do_not_know_each_other() -> None:
-    position = torch.arange(2048)
-    draws = [normal(SEED, position, (128,), purpose).double() for purpose in (Purpose.NOISE, Purpose.SAMPLE)]
-    draws.append(normal(SEED + 1, position, (128,)).double())
-    a = draws[0]
-    pairs = [(a, draws[1]), (a, draws[2]), (a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a[:, 2:], a[:, :-2]), (a[:, 4:], a[:, :-4])]
-    for left, right in pairs:
-        limit = SIX_SIGMA / math.sqrt(left.numel())
-        assert abs((left * right).mean()) < limit
-        assert abs(((left**2 - 1) * (right**2 - 1)).mean()) < 2 * limit
+def test_ten_million_normals_are_normal() -> None:
+    figures = noise.normality(noise.drawn(noise.DRAWS))
+    assert len(figures) == 7 and not outside(figures)
+
+
+def test_numbers_do_not_know_each_other() -> None:
+    figures = noise.independence(noise.PAIRS) + noise.uniformity(noise.PAIRS)
+    assert not outside(figures)
+    for word in ("elements", "positions", "purposes", "seeds"):
+        assert sum(word in figure.name for figure in figures) >= 8
+
+
+PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda z: z + 0.005,
+    "variance": lambda z: z * 1.004,
+    "skewness": lambda z: z + 0.005 * (z**2 - 1),
+    "kurtosis": lambda z: torch.where(z.abs() < 4.5, z, 0.0) + 0.002 * (z**3 - 3 * z),
+    "numbers beyond 4": lambda z: z.clamp(-4, 4),
+    "distribution of normals": lambda z: torch.where(z.abs() < 0.01, 0.0, z),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_numbers_that_are_not_normal_are_noticed(name: str) -> None:
+    z = noise.drawn(1_000_000, seed=1)
+    assert not outside(noise.normality(z))
+    assert name in [figure.name for figure in outside(noise.normality(PLANTED[name](z)))]
+
+
+@pytest.mark.parametrize(
+    ("kept", "noticed"),
+    [
+        (lambda seed, position, shape, purpose: (seed & 0xFFFFFFFF, position, purpose), "seeds that differ in bit 32"),
+        (lambda seed, position, shape, purpose: (seed, position & 0xFFFFFFFF, purpose), "positions 4294967296 apart"),
+        (lambda seed, position, shape, purpose: (seed, position // 2, purpose), "positions 1 apart"),
+        (lambda seed, position, shape, purpose: (seed, position, Purpose(purpose % 4)), "purposes noise and posterior"),
+    ],
+)
+def test_a_word_that_is_not_used_is_noticed(kept: Any, noticed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(seed: int, position: Tensor, shape: tuple[int, ...], purpose: Purpose) -> Tensor:
+        seed, position, purpose = kept(seed, position, shape, purpose)
+        return normal(seed, position, shape, purpose)
+
+    monkeypatch.setattr(noise, "normal", careless)
+    assert noticed in " ".join(figure.name for figure in outside(noise.independence(100_000)))
 
 
 def test_position_of_another_shape_is_refused() -> None:

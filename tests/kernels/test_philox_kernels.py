@@ -5,20 +5,12 @@ import math
 import pytest
 import torch
 from fasttrain_kernels.language import jit, tl
-from fasttrain_kernels.philox import Purpose, _box_muller, _box_muller_kernel, integers, normal, normals, philox
+from fasttrain_kernels.philox import Purpose, _box_muller, _box_muller_kernel, normal, normals, philox
+
+from benchmarks.noise import compare_integers, write_integers
 
 POSITIONS = (0, 1, 2**32 - 1, 2**32, 2**40 + 17, 2**63 - 1, -1)
 SEEDS = (0, 1, -1, 2**32, 0x1234_5678_9ABC_DEF0, -(2**63))
-
-
-@jit
-def _write_integers(seed, position, out, first, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    lane = tl.arange(0, BLOCK)
-    r0, r1, r2, r3 = integers(tl.load(seed), tl.load(position), first + lane, PURPOSE)
-    tl.store(out + lane, r0.to(tl.int64))
-    tl.store(out + BLOCK + lane, r1.to(tl.int64))
-    tl.store(out + 2 * BLOCK + lane, r2.to(tl.int64))
-    tl.store(out + 3 * BLOCK + lane, r3.to(tl.int64))
 
 
 @jit
@@ -44,9 +36,15 @@ def test_the_same_integers_as_plain_torch(seed: int, device: torch.device) -> No
         position = torch.tensor([place], device=device)
         out = torch.empty((4, 64), dtype=torch.int64, device=device)
         first = 2**30  # a high element index
-        _write_integers[1,](key, position, out, first, int(Purpose.SAMPLE), 64)
+        write_integers[1,](key, position, out, first, int(Purpose.SAMPLE), 64)
         expected = philox(key, first + torch.arange(64, device=device), Purpose.SAMPLE, position)
         assert torch.equal(out, torch.stack(expected))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_hundred_thousand_integers_are_the_same(device: torch.device) -> None:
+    compared = compare_integers(device)
+    assert compared["integers"] > 100_000 and compared["different"] == 0
 
 
 @pytest.mark.usefixtures("kernels")
