@@ -1,4 +1,4 @@
-"""The README's tables of what is shown without a GPU: machine code read, and errors measured in Triton's interpreter."""
+"""The README's tables of what is shown without a GPU: machine code read, errors in Triton's interpreter, the noise's statistics."""
 
 import importlib
 from collections import defaultdict
@@ -31,6 +31,27 @@ def _shares(result: dict[str, Any]) -> list[str]:
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["rows"]))
     rows = [[name, str(counted[name]), *(f"{100 * kept[d]:.0f} %" if d in kept else "" for d in dtypes)] for name, kept in worst.items()]
     return table(["operation", "tensors", *(f"{dtype}, share of the budget" for dtype in dtypes)], rows)
+
+
+def noise(results: Path) -> str:
+    """The noise's statistics: how far each figure is from what normal and independent numbers give, and how far it may be."""
+    result = read(results / "cpu" / "noise.json")
+    if result is None:
+        return NOT_RUN
+    pairs = [figure for figure in result["figures"] if figure["name"].startswith(("values, ", "squares, "))]
+    alone = [figure for figure in result["figures"] if figure not in pairs]
+    furthest = max(pairs, key=lambda figure: abs(figure["deviation"]) / figure["limit"])
+    rows = [_deviation(figure, figure["name"]) for figure in alone]
+    rows.append(_deviation(furthest, f"the furthest of {len(pairs)} correlations: {furthest['name']}"))
+    same = result["integers"]
+    about = f"{result['settings']['draws']:,} numbers of the reference; of {same['integers']:,} integers from torch and from Triton "
+    return "\n".join(
+        [f"{about}({same['kernels_run']}) {same['different']} differ.", "", *table(["", "figure", "deviation", "limit"], rows)]
+    )
+
+
+def _deviation(figure: dict[str, Any], name: str) -> list[str]:
+    return [name, f"{figure['value']:.4g}", f"{figure['deviation']:.2f}", f"{figure['limit']:.3g}"]
 
 
 def static(results: Path) -> str:

@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "tests": tables.tests,
     "static": proof_tables.static,
     "errors": proof_tables.errors,
+    "noise": proof_tables.noise,
     "parity": tables.parity,
     "loader": tables.loader,
 }
