@@ -19,7 +19,11 @@ OPERATIONS = (
     "noising",
     "weighted_mse",
     "adaln",
+    "gated_adaln",
+    "residual_norm",
+    "qk_norm",
     "bias_gelu",
+    "adamw_ema",
 )
 """Every operation with a kernel, by the name of its file and of its public function."""
 
