@@ -51,7 +51,8 @@ def _pytest(part: str, *options: str) -> Callable[[Path, float], list[Command]]:
     def commands(out: Path, seconds: float) -> list[Command]:
         record = ["-p", "benchmarks.recorder", "--record", str(out / "tests.json"), "--record-part", part]
         limit = ["--record-seconds", f"{seconds:.0f}", f"--junitxml={out / f'tests-{part}.xml'}"]
-        return [[sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *record, *limit, *options]]
+        robust = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        return [[sys.executable, "-m", "pytest", "-q", "--tb=short", *robust, *record, *limit, *options]]
 
     return commands
 
