@@ -1,0 +1,349 @@
+"""RMS norm of the queries and keys of every head, read from the packed qkv matrix, with an optional rotary embedding.
+
+    n = x rstd, rstd = 1 / sqrt(mean(x^2) + eps), over the d elements of one head        [Zhang and Sennrich 2019, Eq. 4]
+    y = n weight, one weight [d] for all queries and one for all keys                [Dehghani et al. 2023, section 2.1]
+    (q_2i, q_2i+1) = (y_2i cos_i - y_2i+1 sin_i, y_2i+1 cos_i + y_2i sin_i), cos and sin of the token  [Su et al. 2021, Eq. 34]
+
+    g = dq turned back;   inner = g weight;   dx = rstd (inner - n mean(inner n));   dweight = sum over tokens and heads of g n
+
+qkv is [B, T, 3 h d] (q, k, v; within each the heads; within each d elements), fp32, bf16 or fp16, computed in fp32. q and k are written
+anew, [B, T, h, d] in memory; v stays where it is, as a view. The backward pass writes the packed gradient once, dv into its place, where
+plain autograd would fill zeros, copy and add. Bytes per element in bf16: q and k 4 forward, 6 backward; v 0 forward, 4 backward. Kept
+for the backward pass: qkv, the weights, cos and sin; rstd is computed again from the x that is read anyway (kept, it would cost 4 bytes
+each way for every head of a token). cos and sin, 4 T d bytes, stay in the caches. The weights' gradients are summed in two passes of fixed
+order, without atomics: a program owns a range of (token, head) rows and writes fp32 sums, [programs, 2, d]. They are extra bytes: for
+B = 32, T = 256, h = 16, d = 72 on 132 processors 0.3 MB written and read again beside 151 MB.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from fasttrain_kernels.arguments import require_constant, require_float, require_same_device
+from fasttrain_kernels.dispatch import choose
+from fasttrain_kernels.language import jit, tl, triton
+from fasttrain_kernels.norm import processors
+from fasttrain_kernels.partial_sums import sum_rows
+from fasttrain_kernels.registration import operation
+
+MAX_HEAD_WIDTH = 1024
+"""A head of one token lives within one program's registers."""
+MAX_ROWS = 2**30
+"""Of heads of tokens: they are counted in 32 bits, elements in 64."""
+
+_TILE = 1024
+"""Elements of q or k that 128 threads hold at once, 8 each: 16-byte accesses in bf16."""
+_WARPS = 4
+_GROUPS = 2
+"""Tiles a program reads at once. On sm_90, with angles, the forward kernel then takes 64 registers and the backward kernel 128: 64 and
+80 KB of loads in flight on a processor, of which 36 and 45 KB are not beyond d = 72 in a tile of 128. One tile has three quarters of
+that; loads through shared memory (num_stages) take 60 % more instructions. Not timed."""
+_BACKWARD_PROGRAMS_PER_PROCESSOR = 4
+"""As many as its registers let live at once: one wave."""
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # 2 x [B, h, T, d/2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)  # [B, h, T, d]
+
+
+def qk_norm_reference(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *, heads: int, cos: Tensor | None = None, sin: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k, v) in plain torch: q and k normalised and rotated in fp32 (float64 for float64 qkv) and rounded once."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, h, T, d]
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+        return (y if cos is None or sin is None else _rotated(y, cos.to(wide), sin.to(wide))).to(qkv.dtype)
+
+    return normed(q, q_weight), normed(k, k_weight), v
+
+
+@jit
+def _rotate(x, cos, sin):
+    """[GROUPS, ROWS, BLOCK]: each pair of adjacent elements turned by its angle; a thread holds both, so nothing is exchanged."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), x.shape)
+
+
+@jit
+def _rstd(x, eps, WIDTH: tl.constexpr):
+    """[GROUPS, ROWS, 1]: 1 / sqrt(mean(x^2) + eps); x is 0 beyond WIDTH."""
+    return tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / WIDTH + eps)
+
+
+@jit
+def _tile(first, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the rows (token, head) from `first` on: their tokens [GROUPS, ROWS]; offsets of q in qkv, and in q alone; and the mask."""
+    row = first + tl.arange(0, GROUPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    token = row // HEADS
+    column = tl.arange(0, BLOCK)[None, None, :]
+    start = row.to(tl.int64) * WIDTH
+    packed = (start + token.to(tl.int64) * (2 * HEADS * WIDTH))[:, :, None] + column
+    return token, packed, start[:, :, None] + column, (row < rows)[:, :, None] & (column < WIDTH)
+
+
+@jit
+def _weight_tile(weight, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """[1, ROWS, BLOCK] fp32: the weight once a row, which makes its loads 16 bytes wide; all but one of them hit the first cache."""
+    column = tl.arange(0, BLOCK)[None, None, :]
+    return tl.load(weight + tl.zeros([1, ROWS, 1], tl.int32) + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@jit
+def _angle_tiles(cos, sin, token, tokens, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """2 x [GROUPS, ROWS, BLOCK / 2] fp32: the rows' cosines and sines, which the caches hold."""
+    pair = tl.arange(0, BLOCK // 2)[None, None, :]
+    mask = (token * HEADS < rows)[:, :, None] & (pair < WIDTH // 2)
+    element = ((token % tokens) * (WIDTH // 2))[:, :, None] + pair
+    cosine, sine = tl.load(cos + element, mask=mask, other=0.0), tl.load(sin + element, mask=mask, other=0.0)
+    return cosine.to(tl.float32), sine.to(tl.float32)
+
+
+@jit
+def _qk_norm_forward_kernel(
+    qkv,  # [B, T, 3, HEADS, WIDTH] any float
+    q_weight,  # [WIDTH] any float
+    k_weight,  # [WIDTH] any float
+    cos,  # [T, WIDTH / 2] any float, or None
+    sin,  # [T, WIDTH / 2] any float, or None
+    q,  # [B, T, HEADS, WIDTH] qkv's type
+    k,  # [B, T, HEADS, WIDTH] qkv's type
+    rows,
+    tokens,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token, packed, split, mask = _tile(tl.program_id(0) * (GROUPS * ROWS), rows, HEADS, WIDTH, GROUPS, ROWS, BLOCK)
+    query = tl.load(qkv + packed, mask=mask, other=0.0).to(tl.float32)
+    key = tl.load(qkv + HEADS * WIDTH + packed, mask=mask, other=0.0).to(tl.float32)
+    query *= _rstd(query, eps, WIDTH) * _weight_tile(q_weight, WIDTH, ROWS, BLOCK)
+    key *= _rstd(key, eps, WIDTH) * _weight_tile(k_weight, WIDTH, ROWS, BLOCK)
+    if cos is not None:
+        cosine, sine = _angle_tiles(cos, sin, token, tokens, rows, HEADS, WIDTH, BLOCK)
+        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
+    tl.store(q + split, query, mask=mask)
+    tl.store(k + split, key, mask=mask)
+
+
+@jit
+def _gradient(grad, x, gain, eps, WIDTH: tl.constexpr):
+    """The gradients of x and, summed over GROUPS, of gain, for the gradient of x rstd gain."""
+    spread = _rstd(x, eps, WIDTH)
+    normed = x * spread
+    dgain = tl.sum(grad * normed, axis=0)
+    inner = grad * gain
+    return spread * (inner - normed * (tl.sum(inner * normed, axis=2, keep_dims=True) / WIDTH)), dgain
+
+
+@jit
+def _qk_norm_backward_kernel(
+    dq,  # [B, T, HEADS, WIDTH] qkv's type
+    dk,  # [B, T, HEADS, WIDTH] qkv's type
+    dv,  # [B, T, HEADS, WIDTH] qkv's type, or None
+    qkv,  # [B, T, 3, HEADS, WIDTH] any float
+    q_weight,  # [WIDTH] any float
+    k_weight,  # [WIDTH] any float
+    cos,  # [T, WIDTH / 2] any float, or None
+    sin,  # [T, WIDTH / 2] any float, or None
+    dqkv,  # [B, T, 3, HEADS, WIDTH] qkv's type
+    sums,  # [programs, 2, WIDTH] fp32: dq_weight and dk_weight over this program's rows
+    rows,
+    tokens,
+    share,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0) * share
+    q_gain = _weight_tile(q_weight, WIDTH, ROWS, BLOCK)
+    k_gain = _weight_tile(k_weight, WIDTH, ROWS, BLOCK)
+    q_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    k_total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(start, tl.minimum(start + share, rows), GROUPS * ROWS):
+        token, packed, split, mask = _tile(first, rows, HEADS, WIDTH, GROUPS, ROWS, BLOCK)
+        query = tl.load(qkv + packed, mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(qkv + HEADS * WIDTH + packed, mask=mask, other=0.0).to(tl.float32)
+        query_grad = tl.load(dq + split, mask=mask, other=0.0).to(tl.float32)
+        key_grad = tl.load(dk + split, mask=mask, other=0.0).to(tl.float32)
+        if dv is None:
+            value_grad = tl.zeros_like(query)
+        else:
+            value_grad = tl.load(dv + split, mask=mask, other=0.0)
+        if cos is not None:
+            cosine, sine = _angle_tiles(cos, sin, token, tokens, rows, HEADS, WIDTH, BLOCK)
+            query_grad, key_grad = _rotate(query_grad, cosine, -sine), _rotate(key_grad, cosine, -sine)
+        query, q_part = _gradient(query_grad, query, q_gain, eps, WIDTH)
+        key, k_part = _gradient(key_grad, key, k_gain, eps, WIDTH)
+        q_total += q_part
+        k_total += k_part
+        tl.store(dqkv + packed, query, mask=mask)
+        tl.store(dqkv + HEADS * WIDTH + packed, key, mask=mask)
+        tl.store(dqkv + 2 * HEADS * WIDTH + packed, value_grad, mask=mask)
+    column = tl.arange(0, BLOCK)
+    mine = sums + tl.program_id(0) * (2 * WIDTH) + column
+    tl.store(mine, tl.sum(q_total, axis=0), mask=column < WIDTH)
+    tl.store(mine + WIDTH, tl.sum(k_total, axis=0), mask=column < WIDTH)
+
+
+def _sizes(qkv: Tensor, heads: int) -> dict[str, int]:
+    """The kernels' constants."""
+    width = qkv.shape[2] // (3 * heads)
+    block = max(2, triton.next_power_of_2(width))
+    return {"HEADS": heads, "WIDTH": width, "GROUPS": _GROUPS, "ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": _WARPS}
+
+
+def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    q = torch.empty((*qkv.shape[:2], heads, qkv.shape[2] // (3 * heads)), dtype=qkv.dtype, device=qkv.device)
+    return q, torch.empty_like(q)
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@operation("qk_norm", fake=lambda qkv, q_weight, k_weight, cos, sin, heads, eps: _outputs(qkv, heads))
+def _qk_norm_op(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    inputs = _dense(qkv, q_weight, k_weight, cos, sin)
+    q, k = _outputs(qkv, heads)
+    if q.numel() > 0:
+        batch, tokens, _ = qkv.shape
+        sizes, rows = _sizes(qkv, heads), batch * tokens * heads
+        programs = triton.cdiv(rows, sizes["GROUPS"] * sizes["ROWS"])
+        with torch.cuda.device_of(qkv):
+            _qk_norm_forward_kernel[programs,](*inputs, q, k, rows, tokens, eps, **sizes)
+    return q, k
+
+
+def _fake_gradients(dq, dk, dv, qkv, q_weight, *_: object) -> tuple[Tensor, Tensor]:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    return dqkv, torch.empty((2, *q_weight.shape), dtype=q_weight.dtype, device=qkv.device)
+
+
+@operation("qk_norm_backward", fake=_fake_gradients)
+def _qk_norm_backward_op(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    if dqkv.numel() == 0:
+        return dqkv, torch.zeros((2, *q_weight.shape), dtype=q_weight.dtype, device=qkv.device)
+    inputs = _dense(dq, dk, dv, qkv, q_weight, k_weight, cos, sin)
+    batch, tokens, _ = qkv.shape
+    sizes, rows = _sizes(qkv, heads), batch * tokens * heads
+    tile = sizes["GROUPS"] * sizes["ROWS"]
+    share = triton.cdiv(triton.cdiv(rows, _BACKWARD_PROGRAMS_PER_PROCESSOR * processors(qkv.device)), tile) * tile
+    sums = torch.empty((triton.cdiv(rows, share), 2, *q_weight.shape), dtype=torch.float32, device=qkv.device)
+    with torch.cuda.device_of(qkv):
+        _qk_norm_backward_kernel[sums.shape[0],](*inputs, dqkv, sums, rows, tokens, share, eps, **sizes)
+    return dqkv, sum_rows(sums, q_weight.dtype)
+
+
+class _QkNorm(torch.autograd.Function):
+    """q, k and v as one operation of autograd, so that v may be a view of qkv and its gradient still arrive here."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps):
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.heads, ctx.eps = heads, eps
+        ctx.set_materialize_grads(False)
+        q, k = _qk_norm_op(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        return q, k, qkv.unflatten(2, (3, heads, -1))[:, :, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        qkv, *others = ctx.saved_tensors
+        some = next(grad for grad in (dq, dk, dv) if grad is not None)
+        dq, dk = (torch.zeros_like(some) if grad is None else grad for grad in (dq, dk))
+        dqkv, (dq_weight, dk_weight) = _qk_norm_backward_op(dq, dk, dv, qkv, *others, ctx.heads, ctx.eps)
+        return dqkv, dq_weight, dk_weight, None, None, None, None
+
+
+def qk_norm(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *,
+    heads: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys normalised per head, and rotated by their token's angles, from the packed qkv matrix.
+
+    q = rotate(x / sqrt(mean(x^2) + eps) weight)      [Zhang and Sennrich 2019, Eq. 4; rotate: Su et al. 2021, Eq. 34]
+
+    Args:
+        qkv: [B, T, 3 h d], fp32, bf16 or fp16: q, k and v, each h heads of d elements; the Triton kernel takes d up to 1024.
+        q_weight, k_weight: [d], of one type, any of these.
+        heads: h.
+        cos, sin: [T, d/2], fp32 or another float type, both or neither, of the angle by which each pair of adjacent elements is
+            turned; d must be even.
+        eps: added to the mean square.
+        impl: "auto", "triton" or "reference".
+
+    Returns:
+        (q, k, v), each [B, h, T, d] of qkv's type: q and k computed in fp32 and rounded once, v a view of qkv that must not be written
+        to. Differentiable in qkv and the weights; the weights' gradients are summed in fp32.
+
+    Raises:
+        ValueError: shapes, types or devices disagree; one of cos and sin is missing, or wants a gradient, or d is odd; `impl` cannot run
+            here, or d is too wide or B T h too large for it.
+    """
+    _require_heads(qkv, q_weight, k_weight, heads)
+    _require_angles(qkv, q_weight, cos, sin)
+    if choose(impl, qkv, q_weight) == "reference":
+        return qk_norm_reference(qkv, q_weight, k_weight, heads=heads, cos=cos, sin=sin, eps=eps)
+    if q_weight.shape[0] > MAX_HEAD_WIDTH or qkv.shape[0] * qkv.shape[1] * heads > MAX_ROWS:
+        got = f"{heads} heads of {q_weight.shape[0]} elements in qkv {list(qkv.shape)}"
+        raise ValueError(f"the Triton kernel takes {MAX_ROWS} heads of {MAX_HEAD_WIDTH} elements, got {got}; use impl='reference'")
+    q, k, v = _QkNorm.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _require_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int) -> None:
+    require_float(qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    if qkv.dim() != 3 or heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * heads):
+        raise ValueError(f"qkv must be [B, T, 3 h d] with h = heads, got {list(qkv.shape)} and heads = {heads}")
+    width = qkv.shape[2] // (3 * heads)
+    if q_weight.shape != (width,) or k_weight.shape != (width,) or q_weight.dtype != k_weight.dtype:
+        got = f"{list(q_weight.shape)} {q_weight.dtype} and {list(k_weight.shape)} {k_weight.dtype}"
+        raise ValueError(f"q_weight and k_weight must both be [{width}] of one type, got {got}")
+    require_same_device(qkv.device, q_weight=q_weight, k_weight=k_weight)
+
+
+def _require_angles(qkv: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    if cos is None or sin is None:
+        if cos is sin:
+            return
+        raise ValueError(f"cos and sin go together, got only {'cos' if sin is None else 'sin'}")
+    if weight.shape[0] % 2:
+        raise ValueError(f"a rotary embedding turns pairs of elements, and qkv's heads have {weight.shape[0]}: leave cos and sin out")
+    shape = (qkv.shape[1], weight.shape[0] // 2)
+    if cos.shape != shape or sin.shape != shape:
+        raise ValueError(f"cos and sin must be [T, d/2] = {list(shape)}, got {list(cos.shape)} and {list(sin.shape)}")
+    require_float(cos=cos, sin=sin)
+    require_same_device(qkv.device, cos=cos, sin=sin)
+    require_constant("qkv and the weights", cos=cos, sin=sin)
