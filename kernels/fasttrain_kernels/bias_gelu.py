@@ -14,14 +14,19 @@ of columns and a range of rows and writes fp32 sums, [splits, D]. They are extra
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fasttrain_kernels.arguments import require_float, require_same_device
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
+from fasttrain_kernels.norm import processors
 from fasttrain_kernels.partial_sums import sum_rows
+from fasttrain_kernels.registration import operation
 
 APPROXIMATIONS = ("none", "tanh")
+MAX_ROWS = 2**30
+"""Rows are counted in 32 bits, elements in 64: rows in 64 bits cost the backward kernel 12 registers."""
 
 _COLUMNS = 256
 """A warp's 32 threads of 8 elements: 16-byte accesses in bf16. It divides 4 x 768, 4 x 1024, 4 x 1152 and 4 x 1536."""
@@ -150,12 +155,11 @@ def _tiles(width: int, groups: int, num_warps: int) -> dict[str, int]:
 
 def _rows_of_a_program(rows: int, column_blocks: int, step: int, x: Tensor) -> int:
     """A multiple of `step` rows, such that the programs fill the device once."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    splits = max(1, _PROGRAMS_PER_PROCESSOR * processors // column_blocks)
+    splits = max(1, _PROGRAMS_PER_PROCESSOR * processors(x.device) // column_blocks)
     return triton.cdiv(triton.cdiv(rows, splits), step) * step
 
 
-@torch.library.custom_op("fasttrain::bias_gelu", mutates_args=())
+@operation("bias_gelu", fake=lambda x, bias, tanh: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 def _bias_gelu_op(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -169,12 +173,11 @@ def _bias_gelu_op(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-@_bias_gelu_op.register_fake
-def _(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _fake_gradients(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
 
 
-@torch.library.custom_op("fasttrain::bias_gelu_backward", mutates_args=())
+@operation("bias_gelu_backward", fake=_fake_gradients)
 def _bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     dy, x, bias = dy.contiguous(), x.contiguous(), bias.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -191,21 +194,17 @@ def _bias_gelu_backward_op(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> t
     return dx, sum_rows(sums, bias.dtype)
 
 
-@_bias_gelu_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, tanh):
+        ctx.save_for_backward(x, bias)
+        ctx.tanh = tanh
+        return _bias_gelu_op(x, bias, tanh)
 
-
-def _save(ctx, inputs, output) -> None:
-    x, bias, ctx.tanh = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_bias_gelu_backward_op(dy, *ctx.saved_tensors, ctx.tanh), None
-
-
-_bias_gelu_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *_bias_gelu_backward_op(dy, *ctx.saved_tensors, ctx.tanh), None
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str = "auto") -> Tensor:
@@ -223,7 +222,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
         x's shape and type, computed in fp32 and rounded once. Differentiable in x and bias; bias's gradient is summed in fp32.
 
     Raises:
-        ValueError: unknown approximation; shapes, types or devices disagree; `impl` cannot run here.
+        ValueError: unknown approximation; shapes, types or devices disagree; `impl` cannot run here, or the rows are too many for it.
     """
     if approximate not in APPROXIMATIONS:
         raise ValueError(f"unknown approximate {approximate!r}; known: {', '.join(APPROXIMATIONS)}")
@@ -233,4 +232,6 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none", impl: str =
     require_same_device(x.device, bias=bias)
     if choose(impl, x, bias) == "reference":
         return bias_gelu_reference(x, bias, approximate=approximate)
-    return _bias_gelu_op(x, bias, approximate == "tanh")
+    if x.numel() > MAX_ROWS * x.shape[-1]:
+        raise ValueError(f"x is {list(x.shape)}, the Triton kernel takes at most {MAX_ROWS} rows; use impl='reference'")
+    return _BiasGelu.apply(x, bias, approximate == "tanh")

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fasttrain_kernels.bias_gelu import APPROXIMATIONS, bias_gelu, bias_gelu_reference
+from fasttrain_kernels.bias_gelu import APPROXIMATIONS, MAX_ROWS, bias_gelu, bias_gelu_reference
 from fasttrain_kernels.cases.elementwise import bias_gelu_inputs
 from fasttrain_kernels.partial_sums import sum_rows
 from torch import Tensor
@@ -95,6 +95,14 @@ def test_the_registered_operations_pass_torchs_own_checks(tanh: bool, device: to
     torch.library.opcheck(torch.ops.fasttrain.bias_gelu_backward.default, (torch.rand_like(x), x, bias, tanh))
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    x, bias, upstream = torch.ones(3, 1, 2, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(bias_gelu(x, bias[0], impl="triton"), x, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 @pytest.mark.gpu
 def test_more_elements_than_an_int32_counts(device: torch.device) -> None:
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
@@ -107,6 +115,13 @@ def test_more_elements_than_an_int32_counts(device: torch.device) -> None:
     expected = bias_gelu_reference(last, bias)
     torch.testing.assert_close(y[-2:], expected)
     torch.testing.assert_close(dx[-2:], torch.autograd.grad(expected, last, last.detach())[0])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_more_rows_than_32_bits_count_are_refused(device: torch.device) -> None:
+    x = torch.zeros(1, 1, device=device).expand(MAX_ROWS + 1, 1)
+    with pytest.raises(ValueError, match=f"at most {MAX_ROWS} rows"):
+        bias_gelu(x, torch.zeros(1, device=device), impl="triton")
 
 
 @pytest.mark.parametrize(
