@@ -1,25 +1,37 @@
 """Compiles recorded kernel launches for GPUs that are not here, specialised as a real launch would be, and reads what came out."""
 
+import functools
 import re
 import subprocess
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import triton
+from triton._utils import find_paths_if
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import JITFunction, mangle_type
 
 from tests.kernels.interpreter import Launch
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes one program may use."""
+ORDERED_BY_CHANCE = re.compile(r"\b(?:tt\.atomic\w*|atom\.[\w.:]+|red\.[\w.:]+)")
+"""Instructions of TTIR and PTX by which programs or threads add to the same address in whatever order they come."""
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_ACCESS = re.compile(r"\b(LDGSTS|LDG|STG)((?:\.\w+)*)")
+_ADVANCED = re.compile(r"(%\w+) = tt\.addptr (%\w+), .*?, (?:tensor<[\dx]*)?i(\d+)>?")
+_MOVED = re.compile(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims|reshape|bitcast|trans) (%\w+)")
+_CARRIED = re.compile(r"iter_args\((.*?)\)")
+_TOUCHED = re.compile(r"tt\.(?:load|store) (%\w+)")
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 @dataclass(frozen=True)
@@ -27,49 +39,111 @@ class Compiled:
     """One kernel's machine code for one architecture."""
 
     architecture: str
+    ttir: str
     ptx: str
     cubin: bytes
     shared_bytes: int
-    folder: Path
 
-    @cached_property
+    @property
+    def registers(self) -> int:
+        """Of one thread."""
+        return int(re.findall(r"Used (\d+) registers", self._assembled)[0])
+
+    @property
     def spilled_bytes(self) -> int:
         """Register spill stores and loads, as ptxas counts them (its stack figure includes more than spills)."""
-        source = self.folder / "kernel.ptx"
-        source.write_text(self.ptx)
-        target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
-        assembler = _TOOLS / ("ptxas-blackwell" if self.architecture == "sm_100" else "ptxas")
-        command = [assembler, "-v", f"--gpu-name={target[1]}", source, "-o", self.folder / "again.cubin"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        return sum(map(int, re.findall(r"(\d+) bytes spill", told)))
+        return sum(map(int, re.findall(r"(\d+) bytes spill", self._assembled)))
 
     @cached_property
     def global_accesses(self) -> list[tuple[str, int]]:
-        """("LDG" or "STG", bytes a thread) of each access to global memory, in the disassembled code."""
-        binary = self.folder / "kernel.cubin"
-        binary.write_bytes(self.cubin)
-        sass = subprocess.run([_TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
-        return [(kind, _width(suffixes)) for kind, suffixes in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass)]
+        """(LDG, STG or LDGSTS, bytes a thread) of each access to global memory in the disassembled code; LDGSTS is cp.async."""
+        with TemporaryDirectory() as folder:
+            binary = Path(folder) / "kernel.cubin"
+            binary.write_bytes(self.cubin)
+            sass = subprocess.run([_TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+        return [(kind, _width(suffixes)) for kind, suffixes in _ACCESS.findall(sass)]
+
+    @property
+    def ordered_by_chance(self) -> list[str]:
+        """The atomic instructions, which make sums differ from run to run."""
+        return ORDERED_BY_CHANCE.findall(self.ttir) + ORDERED_BY_CHANCE.findall(self.ptx)
+
+    @property
+    def pointers_from_a_table(self) -> int:
+        """How many pointers the kernel makes of loaded addresses, beside those among its arguments."""
+        return self.ttir.count("tt.int_to_ptr")
+
+    @cached_property
+    def narrow_offsets(self) -> set[str]:
+        """Arguments that some load or store reaches by 32-bit offsets alone: no place for more than 2^31 elements."""
+        origin = {result: source for result, source in _MOVED.findall(self.ttir)}
+        for carried in _CARRIED.findall(self.ttir):
+            origin.update(re.findall(r"(%\w+) = (%\w+)", carried))
+        steps = {result: (pointer, bits) for result, pointer, bits in _ADVANCED.findall(self.ttir)}
+        arguments = set(re.findall(r"(%\w+): !tt\.ptr", self.ttir))
+        found = set()
+        for pointer in _TOUCHED.findall(self.ttir):
+            widths = set()
+            while pointer in steps or pointer in origin:
+                if pointer in steps:
+                    pointer, bits = steps[pointer]
+                    widths.add(bits)
+                else:
+                    pointer = origin[pointer]
+            if widths and "64" not in widths and pointer in arguments:
+                found.add(pointer.removeprefix("%"))
+        return found
+
+    @cached_property
+    def _assembled(self) -> str:
+        """What ptxas tells of the kernel."""
+        target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
+        assert target is not None
+        assembler = _TOOLS / ("ptxas-blackwell" if self.architecture == "sm_100" else "ptxas")
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(self.ptx)
+            command = [assembler, "-v", f"--gpu-name={target[1]}", source, "-o", source.with_suffix(".cubin")]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-def compile_launch(launch: Launch, architecture: str, folder: Path) -> Compiled:
-    """The recorded launch's kernel for `architecture`."""
+@dataclass(frozen=True)
+class Specialised:
+    """A kernel with the types, constants and alignments of one launch: all that its machine code depends on."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Hashable], ...]
+    aligned: tuple[tuple[int, ...], ...]
+    options: tuple[tuple[str, Hashable], ...]
+
+    @classmethod
+    def of(cls, launch: Launch) -> "Specialised":
+        """What Triton infers from the arguments at a real launch: 1 is a constant, multiples of 16 are known."""
+        signature, constants, aligned = {}, {}, []
+        for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.bound().values(), strict=True)):
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = mangle_type(value)
+            aligned.extend((index, *path) for path in find_paths_if(value, lambda _, element: _multiple_of_16(element)))
+        return cls(launch.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(launch.options().items()))
+
+    def source(self) -> ASTSource:
+        aligned = {path: [["tt.divisibility", 16]] for path in self.aligned}
+        return ASTSource(fn=self.kernel, signature=dict(self.signature), constexprs=dict(self.constants), attrs=aligned)
+
+
+def compile_launch(launch: Launch, architecture: str) -> Compiled:
+    """The recorded launch's kernel for `architecture`; launches that differ in nothing that matters share one."""
+    return _compiled(Specialised.of(launch), architecture)
+
+
+@functools.cache
+def _compiled(specialised: Specialised, architecture: str) -> Compiled:
     target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
-    kernel = triton.compile(_source(launch), target=target, options=launch.options())
-    return Compiled(architecture, kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared, folder)
-
-
-def _source(launch: Launch) -> ASTSource:
-    """Types and specialisations that Triton infers from the arguments at a real launch: 1 is a constant, multiples of 16 are known."""
-    signature, constants, aligned = {}, {}, {}
-    for index, (parameter, value) in enumerate(zip(launch.kernel.params, launch.bound().values(), strict=True)):
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        if _multiple_of_16(value):
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(specialised.source(), target=target, options=dict(specialised.options))
+    return Compiled(architecture, str(kernel.asm["ttir"]), kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared)
 
 
 def _multiple_of_16(value: Any) -> bool:
@@ -80,6 +154,4 @@ def _multiple_of_16(value: Any) -> bool:
 
 def _width(suffixes: str) -> int:
     parts = suffixes.split(".")
-    if "256" in parts:
-        return 32
-    return next((size for name, size in {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}.items() if name in parts), 4)
+    return next((size for name, size in _WIDTHS.items() if name in parts), 4)

@@ -1,14 +1,17 @@
 """Triton's interpreter as a stand-in for a GPU, inside one test: with a GPU's rounding, and nothing left behind afterwards.
 
 Stock Triton decides at import between compiling and interpreting, so one process can do only one of them. Here kernels stay
-compilable; within `interpreting()` their launches go to the interpreter, within `recording()` to a list.
+compilable; within `interpreting()` their launches go to the interpreter, within `recording()` to a list, from which `run_program`
+takes single programs. Accesses outside a launch's arguments, which stock Triton lets through, are refused (memory.py).
 """
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ from fasttrain_kernels import dispatch
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.memory import Memory, Traffic, watched
+
 
 @dataclass
 class Launch:
@@ -28,6 +33,8 @@ class Launch:
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    """Argument -> bytes moved, where the interpreter was asked to count them."""
 
     def bound(self) -> dict[str, Any]:
         """Argument name -> value, for the kernel's own parameters."""
@@ -40,23 +47,51 @@ class Launch:
 
 
 @contextmanager
-def interpreting() -> Iterator[list[Launch]]:
-    """Kernel launches, on CPU tensors too, run in the interpreter; gives the list of launches made."""
+def interpreting(counting: bool = False) -> Iterator[list[Launch]]:
+    """Kernel launches, on CPU tensors too, run in the interpreter; gives the list of launches made, `counting` with their traffic."""
     launches: list[Launch] = []
 
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **settings: Any) -> None:
-        launches.append(Launch(self, grid, args, settings))
-        _interpreted(self.fn).run(*args, grid=grid, warmup=warmup, **settings)
+    with _patched_interpreter() as execute, pytest.MonkeyPatch.context() as patch:
 
-    with pytest.MonkeyPatch.context() as patch:
+        def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **settings: Any) -> None:
+            launches.append(Launch(self, grid, args, settings))
+            execute(launches[-1], counting)
+
         patch.setattr(dispatch, "INTERPRETED", True)
         patch.setattr(JITFunction, "run", run)
+        yield launches
+
+
+def run_program(launch: Launch, indices: tuple[int, ...], counting: bool = False) -> None:
+    """Interprets one program of a recorded launch: what it touches of huge tensors is all that costs time or memory."""
+    with _patched_interpreter() as execute, pytest.MonkeyPatch.context() as patch:
+        whole, one = ((*sizes, *[filler] * (3 - len(sizes))) for sizes, filler in ((launch.grid, 1), (indices, 0)))
+        patch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", lambda self, *_: setattr(self, "grid_dim", whole))
+        patch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", one))
+        execute(launch, counting, grid=(1,))
+
+
+@contextmanager
+def _patched_interpreter() -> Iterator[Callable[..., None]]:
+    """Gives the function that executes a launch in the interpreter, with a GPU's rounding and every access watched."""
+    running: list[Memory] = []
+
+    def execute(launch: Launch, counting: bool, grid: tuple[int, ...] | None = None) -> None:
+        running.append(Memory(launch.bound(), counting, launch.traffic))
+        try:
+            _interpreted(launch.kernel.fn).run(*launch.args, grid=grid or launch.grid, warmup=False, **launch.settings)
+        finally:
+            running.pop()
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self.fn).rewrite()(*args, **kwargs))
         patch.setattr(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast)
         patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", lambda self, source, to, _mode: _cast(self, source, to))
         patch.setattr(interpreter.InterpreterBuilder, "binary_op", _refuse_bf16(interpreter.InterpreterBuilder.binary_op))
-        yield launches
+        for name, replacement in watched(lambda: running[-1]).items():
+            patch.setattr(interpreter.InterpreterBuilder, name, replacement)
+        yield execute
 
 
 @contextmanager
@@ -71,6 +106,19 @@ def recording() -> Iterator[list[Launch]]:
         patch.setattr(dispatch, "INTERPRETED", True)
         patch.setattr(JITFunction, "run", run)
         yield launches
+
+
+@contextmanager
+def launching_for(processors: int) -> Iterator[None]:
+    """Launchers choose grids as on a GPU of so many processors, for tensors that are on the CPU; for use with the above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        patch.setattr(dispatch, "_unsupported", lambda device: None)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=processors))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fasttrain_kernels.") and hasattr(module, "processors"):
+                patch.setattr(module, "processors", lambda device: processors)
+        yield
 
 
 class _Rewriter(interpreter.FunctionRewriter):

@@ -1,17 +1,20 @@
-"""Every kernel that the operations launch compiles for three generations of GPUs, without spills and with wide accesses."""
+"""Every kernel that the operations launch compiles for three generations of GPUs: no spills, wide accesses, the least bytes, no atomics."""
 
-from pathlib import Path
+from math import prod
 from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels.cases import CASES, Case
+import triton.language as tl
+from fasttrain_kernels.cases import CASES, Case, Shape
+from fasttrain_kernels.language import jit
 
 from tests.kernels.ahead_of_time import ARCHITECTURES, SHARED_MEMORY, Compiled, compile_launch
-from tests.kernels.calls import results
 from tests.kernels.interpreter import Launch, recording
+from tests.kernels.passes import CPU, Passes, counted, recorded, worth_counting
 
-CPU = torch.device("cpu")
+PROCESSORS = 132
+"""Of an H100 or H200; launchers choose their grids by it."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,60 +23,99 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
-def launches(case: Case, shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """What one forward and backward pass would launch."""
-    with recording() as recorded:
-        results(case.call, case.inputs(shape, dtype, CPU), case, impl="triton", **options)
-    return recorded
+def telling(case: Case) -> Shape:
+    """The width to look at where one must do: 1152 or what goes with it."""
+    return case.real[min(2, len(case.real) - 1)]
 
 
-def every_launch() -> list[Any]:
+def machine_code() -> list[Any]:
+    """One width for every option and architecture; the other widths for sm_90. static_report has them all."""
     return [
-        pytest.param(case, options, (4, *sample), id="-".join(map(str, [name, *options.values(), *sample])))
+        pytest.param(case, options, sample, architecture, id="-".join(map(str, [name, *options.values(), *sample, architecture])))
         for name, case in CASES.items()
         for options in case.options
+        for architecture in ARCHITECTURES
         for sample in case.real
+        if sample == telling(case) or (architecture == "sm_90" and options == case.options[0])
     ]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("case", "options", "shape"), every_launch())
-def test_no_spills_and_16_byte_accesses(
-    case: Case, options: dict[str, Any], shape: tuple[int, ...], architecture: str, tmp_path: Path
+def settings() -> list[Any]:
+    return [
+        pytest.param(case, options, id="-".join(map(str, [name, *options.values()])))
+        for name, case in CASES.items()
+        for options in case.options
+    ]
+
+
+@pytest.mark.parametrize(("case", "options", "sample", "architecture"), machine_code())
+def test_no_spills_wide_accesses_room_for_huge_tensors_and_no_atomics(
+    case: Case, options: dict[str, Any], sample: Shape, architecture: str
 ) -> None:
-    for launch in launches(case, shape, options):
-        compiled = compile_launch(launch, architecture, tmp_path)
+    passes = recorded(case, (4, *sample), options, processors=PROCESSORS)
+    for launch in passes.forward + passes.backward:
+        compiled = compile_launch(launch, architecture)
         name = launch.kernel.fn.__name__
         assert compiled.spilled_bytes == 0, name
         assert compiled.shared_bytes <= SHARED_MEMORY[architecture], name
-        assert is_wide(compiled, launch), f"{name}: {compiled.global_accesses}"
+        assert is_wide(compiled, passes, launch), f"{name}: {compiled.global_accesses}"
+        assert not compiled.narrow_offsets & passes.bulk(launch), name
+        assert not compiled.ordered_by_chance, name
 
 
-def is_wide(compiled: Compiled, launch: Launch) -> bool:
-    """No access of a single bf16 element, and one of 16 bytes for each bf16 tensor."""
+def is_wide(compiled: Compiled, passes: Passes, launch: Launch) -> bool:
+    """Where tensors are in bulk: an access of 16 bytes for each that has several elements a thread, none of less than 4."""
     widths = [width for _, width in compiled.global_accesses]
-    bf16 = [value for value in launch.bound().values() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16]
-    return 2 not in widths and widths.count(16) >= len(bf16)
+    bulk = [launch.bound()[name] for name in passes.bulk(launch)]
+    # A thread of an operation on single numbers, such as `uniform`, has one of 8 bytes; there is nothing to join.
+    packed = [tensor for tensor in bulk if tensor.dim() > 1 or tensor.numel() > prod(launch.grid) * 32 * launch.options()["num_warps"]]
+    tensors = len(packed) + compiled.pointers_from_a_table
+    return not (bulk or tensors) or (min(widths) >= 4 and widths.count(16) >= tensors)
 
 
-def test_narrow_accesses_would_be_seen(tmp_path: Path) -> None:
-    (launch,) = recorded_noising(torch.ones(4, 4, 32, 32, dtype=torch.bfloat16))
-    assert is_wide(compile_launch(launch, "sm_90", tmp_path), launch)
-    (launch,) = recorded_noising(torch.ones(4 * 4096 + 1, dtype=torch.bfloat16)[1:].view(4, 4, 32, 32))
-    assert not is_wide(compile_launch(launch, "sm_90", tmp_path), launch)
+def test_narrow_accesses_would_be_seen() -> None:
+    for x0, wide in ((torch.ones(4 * 4096), True), (torch.ones(4 * 4096 + 1)[1:], False)):
+        launch = recorded_noising(x0.bfloat16() if wide else torch.ones(4 * 4096 + 1, dtype=torch.bfloat16)[1:])
+        passes = Passes(4 * 4096, [], [launch], [])
+        assert is_wide(compile_launch(launch, "sm_90"), passes, launch) is wide
 
 
-def recorded_noising(x0: torch.Tensor) -> list[Launch]:
-    case = CASES["noising"]
-    with recording() as recorded:
-        case.call(**{**case.inputs(tuple(x0.shape), x0.dtype, CPU), "x0": x0}, impl="triton")
-    return recorded
+def recorded_noising(x0: torch.Tensor) -> Launch:
+    case, shape = CASES["noising"], (4, 4, 32, 32)
+    with recording() as launches:
+        case.call(**{**case.inputs(shape, x0.dtype, CPU), "x0": x0.view(shape)}, impl="triton")
+    return launches[0]
+
+
+@jit
+def _narrow_kernel(source, target, width, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    for place in range(0, 2):
+        wide = source + (row.to(tl.int64) + place) * width
+        tl.store(target + (row + place) * width + lane, tl.load(wide + lane))
+
+
+def test_32_bit_offsets_would_be_seen() -> None:
+    with recording() as launches:
+        _narrow_kernel[4,](torch.ones(5, 128), torch.ones(5, 128), 128, 128, num_warps=1)
+    assert compile_launch(launches[0], "sm_90").narrow_offsets == {"target"}
+
+
+@pytest.mark.parametrize(("case", "options"), settings())
+def test_the_kernels_move_the_least_bytes(case: Case, options: dict[str, Any]) -> None:
+    # Rows, statistics and partial sums are apart: static_report tells them at a real batch.
+    passes = counted(case, worth_counting(telling(case)), options)
+    for (_, launches), least in zip(passes, case.minimum, strict=True):
+        if launches:
+            assert passes.bulk_bytes(launches) / passes.elements == pytest.approx(least, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_sizes_of_one_compile(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_sizes_of_one_compile(name: str, dtype: torch.dtype) -> None:
     # A real launch turns a size of 1 into a constant, which a kernel must tolerate.
     for shape in CASES[name].smallest:
-        for launch in launches(CASES[name], shape, CASES[name].options[0], dtype):
-            assert compile_launch(launch, "sm_90", tmp_path).spilled_bytes == 0
+        passes = recorded(CASES[name], shape, CASES[name].options[0], dtype)
+        for launch in passes.forward + passes.backward:
+            assert compile_launch(launch, "sm_90").spilled_bytes == 0

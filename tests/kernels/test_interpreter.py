@@ -11,8 +11,10 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.interpreter import interpreting, recording
+from tests.kernels.interpreter import interpreting, launching_for, recording, run_program
+from tests.kernels.memory import ELSEWHERE, Traffic
 
+WATCHED = ("cast_impl", "binary_op", "create_masked_load", "create_masked_store", "create_int_to_ptr", "create_atomic_rmw", "set_grid_idx")
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run natively here")
 
 
@@ -26,6 +28,24 @@ def _convert(source, target, BLOCK: tl.constexpr):
 def _add_in_bf16(source, target, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(target + lane, tl.load(source + lane) + tl.load(source + lane))
+
+
+@jit
+def _rows(source, factor, target, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    repeated = tl.zeros([2, 1], tl.int32) + column[None, :]
+    scale = tl.sum(tl.load(factor + repeated, mask=repeated < WIDTH, other=0.0), axis=0)
+    row = tl.program_id(0) * 2
+    for each in range(row, tl.minimum(row + 2, rows)):
+        value = tl.load(source + each * WIDTH + column, mask=column < WIDTH, other=0.0)
+        tl.store(target + each * WIDTH + column, value * scale, mask=column < WIDTH)
+
+
+@jit
+def _through_addresses(table, values, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    place = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    tl.store(place + lane, tl.load(values + lane))
 
 
 @needs_interpreter
@@ -49,11 +69,12 @@ def test_arithmetic_in_bf16_is_refused() -> None:
 @needs_interpreter
 def test_nothing_is_left_behind() -> None:
     def state() -> list[object]:
-        patched = (JITFunction.run, JITFunction.__call__, InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op)
+        patched = (JITFunction.run, JITFunction.__call__, *map(vars(InterpreterBuilder).get, WATCHED))
         language = (tl.load, tl.sum, tl.core.reduce, tl.tensor.__add__)
         return [set(vars(adaln_file)), dispatch.INTERPRETED, interpreter._patch_lang_tensor, *patched, *language]
 
     before = state()
+    assert None not in before
     inputs = CASES["adaln"].inputs((1, 2, 4), torch.float32, torch.device("cpu"))
     with interpreting() as launches:
         CASES["adaln"].call(**inputs, impl="triton")
@@ -66,3 +87,54 @@ def test_a_recording_runs_nothing() -> None:
         _convert[1,](source, target, BLOCK=4, num_warps=2)
     assert torch.equal(target, torch.zeros(4))
     assert launches[0].bound() == {"source": source, "target": target, "BLOCK": 4} and launches[0].options() == {"num_warps": 2}
+
+
+@needs_interpreter
+def test_traffic_is_what_active_lanes_move() -> None:
+    source, factor = torch.ones(5, 12), torch.ones(12, dtype=torch.float16)
+    target = torch.empty(5, 12)
+    with interpreting(counting=True) as launches:
+        _rows[3,](source, factor, target, 5, 12, 16)
+    assert launches[0].traffic == {
+        "source": Traffic(read=5 * 12 * 4),
+        # Both rows of a program's access meet the same 12 numbers, which counts once; 3 programs.
+        "factor": Traffic(read=3 * 12 * 2),
+        "target": Traffic(written=5 * 12 * 4),
+    }
+
+
+@needs_interpreter
+def test_traffic_through_a_table_of_addresses_is_apart() -> None:
+    targets = [torch.zeros(4), torch.zeros(4)]
+    table = torch.tensor([target.data_ptr() for target in targets])
+    with interpreting(counting=True) as launches:
+        _through_addresses[2,](table, torch.ones(4), 4)
+    assert all(target.eq(1).all() for target in targets)
+    assert launches[0].traffic == {"table": Traffic(read=16), "values": Traffic(read=32), ELSEWHERE: Traffic(written=32)}
+
+
+@needs_interpreter
+def test_an_access_outside_every_argument_is_refused() -> None:
+    source, target = torch.zeros(9, 12)[:5], torch.zeros(9, 12)[:5]
+    with interpreting(), pytest.raises(Exception, match="outside every argument"):
+        _rows[3,](source, torch.ones(12), target, 6, 12, 16)
+
+
+@needs_interpreter
+def test_one_program_of_a_launch_runs_alone() -> None:
+    target = torch.zeros(5, 12)
+    with recording() as launches:
+        _rows[3,](torch.ones(5, 12), torch.ones(12), target, 5, 12, 16)
+    run_program(launches[0], (1,))
+    assert target[2:4].eq(2).all() and target[:2].eq(0).all() and target[4:].eq(0).all()
+
+
+def test_launchers_see_the_processors_of_another_device() -> None:
+    case = CASES["adaln"]
+    inputs = case.inputs((2, 64, 8), torch.float32, torch.device("cpu"))
+    with recording() as here:
+        case.call(**inputs, impl="triton")
+    with recording() as there, launching_for(16):
+        case.call(**inputs, impl="triton")
+    assert there[0].grid[1] > here[0].grid[1]
+    assert not inputs["x"].is_cuda
