@@ -169,14 +169,15 @@ def test_gradients_of_any_strides_arrive(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@with_and_without_angles
-def test_it_can_be_computed_again_in_the_backward_pass(rotary: bool, device: torch.device) -> None:
-    values = arguments(rotary=rotary, device=device)
-
+@pytest.mark.parametrize("compiled", [False, True])
+def test_it_can_be_computed_again_in_the_backward_pass(compiled: bool, device: torch.device) -> None:
     def again(v: dict[str, Any]) -> Tensor:
-        return checkpoint(lambda: attended(kernel, v), use_reentrant=False)
+        return checkpoint(attended, kernel, v, use_reentrant=False)
 
-    for ours, kept in zip(with_gradients(again, values), with_gradients(lambda v: attended(kernel, v), values), strict=True):
+    torch.compiler.reset()
+    recomputed = torch.compile(again, fullgraph=True, backend="aot_eager") if compiled else again
+    values = arguments(device=device)
+    for ours, kept in zip(with_gradients(recomputed, values), with_gradients(lambda v: attended(kernel, v), values), strict=True):
         assert torch.equal(ours, kept)
 
 
