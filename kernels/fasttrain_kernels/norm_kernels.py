@@ -261,8 +261,8 @@ def _tokens_of_a_program(groups: int, tokens: int, at_once: int) -> int:
     """How to share a group's tokens out among programs, `at_once` of which run at a time.
 
     A round of programs lasts as long as its tokens and about three more: to fetch the rows, and to write sums and add them up. Of one to
-    four rounds the choice that ends first, and that of the fewest programs where it is a draw.
+    eight rounds the choice that ends first, and that of the fewest programs where it is a draw.
     """
-    splits = (max(1, min(tokens, rounds * at_once // groups)) for rounds in range(1, 5))
+    splits = (max(1, min(tokens, rounds * at_once // groups)) for rounds in range(1, 9))
     shares = {triton.cdiv(tokens, split) for split in splits}
     return min(shares, key=lambda share: (triton.cdiv(groups * triton.cdiv(tokens, share), at_once) * (share + 3), -share))
