@@ -89,7 +89,7 @@ def _patched_interpreter() -> Iterator[Callable[..., None]]:
         patch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast)
         patch.setattr(interpreter.InterpreterBuilder, "create_fp_to_fp", lambda self, source, to, _mode: _cast(self, source, to))
         patch.setattr(interpreter.InterpreterBuilder, "binary_op", _refuse_bf16(interpreter.InterpreterBuilder.binary_op))
-        for name, replacement in watched(lambda: running[-1]).items():
+        for name, replacement in watched(running).items():
             patch.setattr(interpreter.InterpreterBuilder, name, replacement)
         yield execute
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 ELSEWHERE = "tensors reached through a table of addresses"
@@ -58,30 +59,36 @@ class Memory:
         raise IndexError(f"an access to {first:#x}..{end:#x} is outside every argument: {self._ranges}")
 
 
-def watched(current: Callable[[], Memory]) -> dict[str, Callable[..., Any]]:
-    """Replacements for the interpreter's memory operations by name; each reports to `current()` what it is about to touch."""
+def watched(running: list[Memory]) -> dict[str, Callable[..., Any]]:
+    """Replacements for the interpreter's memory operations by name; each tells the launch that is running, the last, what it will touch."""
     builder = interpreter.InterpreterBuilder
     load, store, from_integer = builder.create_masked_load, builder.create_masked_store, builder.create_int_to_ptr
     swap, change = builder.create_atomic_cas, builder.create_atomic_rmw
 
+    def tell(pointers: Any, mask: Any, *kinds: str) -> None:
+        for memory in running[-1:]:
+            for kind in kinds:
+                memory.touch(pointers, mask, kind)
+
     def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        current().touch(pointers, mask, "read")
+        tell(pointers, mask, "read")
         return load(self, pointers, mask, *rest)
 
     def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        current().touch(pointers, mask, "written")
+        tell(pointers, mask, "written")
         return store(self, pointers, value, mask, *rest)
 
     def noted_cast(self: Any, *values: Any) -> Any:
-        current().through_addresses = True
+        for memory in running[-1:]:
+            memory.through_addresses = True
         return from_integer(self, *values)
 
     def watched_swap(self: Any, pointers: Any, *rest: Any) -> Any:
-        _touch_both(current(), pointers, interpreter.TensorHandle(np.ones_like(pointers.data, dtype=bool), None))
+        tell(pointers, interpreter.TensorHandle(np.ones_like(pointers.data, dtype=bool), tl.int1), "read", "written")
         return swap(self, pointers, *rest)
 
     def watched_change(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _touch_both(current(), pointers, mask)
+        tell(pointers, mask, "read", "written")
         return change(self, operation, pointers, value, mask, *rest)
 
     return {
@@ -91,11 +98,6 @@ def watched(current: Callable[[], Memory]) -> dict[str, Callable[..., Any]]:
         "create_atomic_cas": watched_swap,
         "create_atomic_rmw": watched_change,
     }
-
-
-def _touch_both(memory: Memory, pointers: Any, mask: Any) -> None:
-    memory.touch(pointers, mask, "read")
-    memory.touch(pointers, mask, "written")
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

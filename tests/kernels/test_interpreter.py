@@ -42,6 +42,11 @@ def _rows(source, factor, target, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 
 
 @jit
+def _counts_kernel(total, BLOCK: tl.constexpr):
+    tl.atomic_add(total + tl.arange(0, BLOCK), 1.0)
+
+
+@jit
 def _through_addresses(table, values, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     place = tl.load(table + tl.program_id(0)).to(tl.pointer_type(tl.float32))
@@ -111,6 +116,14 @@ def test_traffic_through_a_table_of_addresses_is_apart() -> None:
         _through_addresses[2,](table, torch.ones(4), 4)
     assert all(target.eq(1).all() for target in targets)
     assert launches[0].traffic == {"table": Traffic(read=16), "values": Traffic(read=32), ELSEWHERE: Traffic(written=32)}
+
+
+@needs_interpreter
+def test_an_atomic_addition_reads_and_writes() -> None:
+    total = torch.zeros(4)
+    with interpreting(counting=True) as launches:
+        _counts_kernel[3,](total, 4)
+    assert total.eq(3).all() and launches[0].traffic == {"total": Traffic(read=48, written=48)}
 
 
 @needs_interpreter
