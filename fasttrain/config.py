@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from fasttrain_kernels.dispatch import Kernels
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Cosine, Schedule
@@ -37,10 +39,11 @@ class DiffusionConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, in which batches and in which precision.
+    """How long, in which batches, in which precision, and how exactly the same each time.
 
     `global_batch` images make an optimizer step whatever the number of processes; each takes `micro_batch` of them per forward pass
-    (default: its whole share), and accumulates over as many as that needs.
+    (default: its whole share), and accumulates over as many as that needs. `compile` compiles each of the model's blocks; `deterministic`
+    gives the same bits each time on the same GPU, and chooses nothing by time.
     """
 
     steps: int = Field(gt=0)
@@ -49,6 +52,7 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     clip: float | None = Field(default=None, gt=0)
     compile: bool = False
+    deterministic: bool = False
     timeout_seconds: float = Field(default=600, gt=0)
 
     def accumulation_steps(self, world_size: int) -> int:
@@ -100,7 +104,8 @@ class RunConfig(Section):
 
     run_dir: Path
     seed: int = Field(default=0, ge=0, lt=2**63)
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: KernelChoice = Kernels()
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math", "flash_attn_2", "flash_attn_3", "flash_attn_4"] = "auto"
     data: DataConfig
     model: Annotated[Transformer, *MODELS.field()]
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -181,7 +186,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.get(parent)
         if child is None or isinstance(child, str):
-            child = {"name": child} if child else {}
+            short = DEFAULT if parent == "kernels" else "name"
+            child = {short: child} if child else {}
         if not isinstance(child, dict):
             raise UserError(f"override {override!r}: {parent} is not a section")
         node[parent] = dict(child)

@@ -154,10 +154,14 @@ def _triton_runs() -> Iterable[Finding]:
 
 
 def _flash_attention() -> Iterable[Finding]:
-    version = installed("flash-attn")
-    yield Finding(
-        "flash-attn", f"{version} installed; attention does not need it" if version else "not installed; attention does not need it"
-    )
+    if not _present("torch"):
+        yield Finding("flash-attn", "not looked for without torch")
+        return
+    from fasttrain.models.attention import PACKAGES, missing
+
+    found = [name for name in PACKAGES if missing(name) is None]
+    told = f"{', '.join(found)}: measured beside torch's own attention" if found else "not installed; nothing needs it"
+    yield Finding("flash-attn", told)
 
 
 def _apex() -> Iterable[Finding]:
@@ -187,10 +191,9 @@ def _attention() -> Iterable[Finding]:
 
 
 def _kernels() -> Iterable[Finding]:
-    from fasttrain_kernels.cases import CASES
-    from fasttrain_kernels.dispatch import here
+    from fasttrain_kernels.dispatch import OPERATIONS, here
 
-    for operation in CASES:
+    for operation in OPERATIONS:
         yield Finding(f"operation {operation}", here())
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fasttrain_kernels.dispatch import Kernels
 from torch import Tensor, nn
 
 from fasttrain.config import RunConfig
@@ -13,6 +12,7 @@ from fasttrain.data.loader import Loader
 from fasttrain.diffusion.objective import Loss, Objective
 from fasttrain.engine.distributed import Processes
 from fasttrain.generation import build_generator
+from fasttrain.models.implementations import Implementations
 from fasttrain.sampling.images import save_grid, to_uint8
 
 Decode = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ class Preview:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Takes these weights (fp32, whole)."""
         if self._network is None:
-            self._network = self._config.model.build().to(self._processes.device, self._dtype).eval()
+            self._network = self._config.model.build(Implementations(self._config.kernels)).to(self._processes.device, self._dtype).eval()
         self._network.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Preview:
             label_drop=0.0,
             null_label=None,
             seed=self._seed ^ HELD_OUT_KEY,
-            kernels=Kernels(self._config.kernels),
+            kernels=self._config.kernels,
         )
         count, world_size = self._config.data.held_out, self._processes.world_size
         sums = torch.zeros(3, dtype=torch.float64, device=self._processes.device)

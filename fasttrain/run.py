@@ -53,9 +53,8 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
     num_classes = index.num_classes if model.num_classes is None else model.num_classes
     if not num_classes and config.sampling.every and config.sampling.guidance != 1:
         raise UserError(f"sampling.guidance {config.sampling.guidance} needs classes, and this model has none: set it to 1")
-    kernels = config.kernels if model.kernels == "auto" else model.kernels
     try:
-        model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes, kernels=kernels)
+        model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes)
     except ValueError as error:
         raise UserError(f"{error}; input_size comes from {config.data.train}") from None
     return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings()})
@@ -64,7 +63,7 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
 def identity(config: RunConfig, index: Index) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it, for the result to be the run's."""
     diffusion = config.plain()["diffusion"]
-    model = {key: value for key, value in MODELS.spec(config.model).items() if key not in ("kernels", "checkpoint_blocks")}
+    model = {key: value for key, value in MODELS.spec(config.model).items() if key != "checkpoint_blocks"}
     return {
         "model": model,
         "diffusion.schedule": diffusion["schedule"],

@@ -2,15 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from fasttrain_kernels.dispatch import Kernels
 
 from fasttrain.config import RunConfig, TrainingConfig, load_config, parse_config
 from fasttrain.diffusion.weighting import MinSnr
 from fasttrain.errors import UserError
 from fasttrain.models import MODELS
+from fasttrain.models.attention import ATTENTION
 from tests.runs import plain_config
 
 
@@ -177,3 +179,42 @@ def test_batches_that_do_not_divide(micro_batch, world_size, named):
 def test_what_would_fail_at_the_first_look_fails_at_once(sections, message):
     with pytest.raises(UserError, match=message):
         parse_config(plain_config("run", "shards", **sections), "test")
+
+
+@pytest.mark.parametrize(
+    ("given", "adaln", "qk_norm"),
+    [
+        ("auto", "auto", "auto"),
+        ("reference", "reference", "reference"),
+        ({"adaln": "reference"}, "reference", "auto"),
+        ({"default": "reference", "adaln": "triton"}, "triton", "reference"),
+    ],
+)
+def test_kernels_are_chosen_for_all_or_operation_by_operation(given, adaln, qk_norm):
+    config = parse(kernels=given)
+    assert (config.kernels.of("adaln"), config.kernels.of("qk_norm")) == (adaln, qk_norm)
+    assert parse_config(config.plain(), "again").kernels == config.kernels
+
+
+def test_an_override_of_one_operation_keeps_the_others(tmp_path):
+    config = load(tmp_path, MINIMAL + "kernels: reference\n", "kernels.adaln=auto")
+    assert config.kernels == Kernels("reference", {"adaln": "auto"})
+    assert load(tmp_path, MINIMAL, "kernels.bias_gelu=reference").kernels == Kernels("auto", {"bias_gelu": "reference"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adalm": "reference"}, "kernels: unknown operation 'adalm'; did you mean 'adaln'?"),
+        ({"adaln": "cuda"}, "kernels: unknown implementation 'cuda' for adaln; the choices are: auto, triton, reference"),
+        ("cuda", "kernels: unknown implementation 'cuda'; the choices are: auto, triton, reference"),
+        (["auto"], "kernels: unknown implementation ['auto']"),
+    ],
+)
+def test_unknown_kernels_name_the_nearest(given, message):
+    assert message in told(kernels=given)
+
+
+def test_attention_is_one_of_those_there_are():
+    assert set(get_args(RunConfig.model_fields["attention"].annotation)) == set(ATTENTION)
+    assert "attention: Input should be 'auto', 'flash', 'cudnn'" in told(attention="flash_attention")

@@ -36,13 +36,13 @@ def refusal(index: Index, wanted: RunConfig) -> str:
 
 
 def test_open_fields_of_the_model_come_from_the_shards(tmp_path, digits, index):
-    model = resolve(run_config(tmp_path, digits, kernels="reference"), index).model
-    assert (model.channels, model.input_size, model.num_classes, model.kernels) == (1, 8, 10, "reference")
+    model = resolve(run_config(tmp_path, digits), index).model
+    assert (model.channels, model.input_size, model.num_classes) == (1, 8, 10)
 
 
 def test_what_the_config_says_of_the_model_stays(tmp_path, digits, index):
-    model = resolve(run_config(tmp_path, digits, model={"num_classes": 12, "kernels": "reference"}, kernels="auto"), index).model
-    assert (model.num_classes, model.kernels) == (12, "reference")
+    model = resolve(run_config(tmp_path, digits, model={"num_classes": 12}), index).model
+    assert model.num_classes == 12
     assert resolve(run_config(tmp_path, digits, model={"num_classes": 0}), index).model.null_label is None
 
 
@@ -108,8 +108,10 @@ def test_speed_and_length_may_change_between_starts(tmp_path, digits, index):
         run_config(
             tmp_path,
             digits,
-            model={"kernels": "reference", "checkpoint_blocks": True},
-            training={"steps": 99, "micro_batch": 1},
+            kernels={"default": "reference", "adaln": "auto"},
+            attention="math",
+            model={"checkpoint_blocks": True},
+            training={"steps": 99, "micro_batch": 1, "compile": True, "deterministic": True},
             optimizer={"learning_rate": 1e-5},
             diffusion={"label_drop": 0.3},
             deepspeed={"zero_optimization": {"stage": 3}},

@@ -2,11 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
 
 from fasttrain.errors import UserError
+from fasttrain.models.implementations import AUTOMATIC, Implementations
+from fasttrain.models.network import Network
 from fasttrain.registry import Registry
 
 MODELS = Registry("model")
@@ -27,11 +26,12 @@ class Transformer(ABC):
         depth: number of blocks.
         width: D, of a token.
         heads: number of attention heads; divides the width.
-        kernels: implementation of the fused operations. It never changes the names in a state dict.
+        qk_norm: normalise the queries and keys of each head (RMSNorm with weights); keeps large models' attention from saturating.
+        rotary: turn the queries and keys by their patch's row and column, half of each head's pairs for either; needs qk_norm.
         checkpoint_blocks: keep only each block's input for the backward pass and run the block again there.
 
     Raises:
-        ValueError: sizes that are not positive or do not divide each other; the message names the keys.
+        ValueError: sizes that are not positive or do not divide each other, or rotary without qk_norm; the message names the keys.
     """
 
     input_size: int | None = None
@@ -41,7 +41,8 @@ class Transformer(ABC):
     depth: int = 12
     width: int = 768
     heads: int = 12
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    qk_norm: bool = False
+    rotary: bool = False
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +56,10 @@ class Transformer(ABC):
             raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
         if self.input_size is not None and self.input_size % self.patch:
             raise ValueError(f"model.input_size {self.input_size} is not divisible by model.patch {self.patch}")
+        if self.rotary and not self.qk_norm:
+            raise ValueError("model.rotary turns normalised queries and keys: set model.qk_norm too, or leave model.rotary out")
+        if self.rotary and self.head_width % 4:
+            raise ValueError(f"model.rotary needs heads of a width divisible by 4, not model.width / model.heads = {self.head_width}")
 
     def geometry(self) -> tuple[int, int, int]:
         """(channels, input_size, num_classes), all known.
@@ -78,9 +83,27 @@ class Transformer(ABC):
         """Patches along one side."""
         return self.geometry()[1] // self.patch
 
+    @property
+    def head_width(self) -> int:
+        """d, the width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def extra_tokens(self) -> int:
+        """Tokens that are not patches and come before them."""
+        return 0
+
+    @property
+    def tokens(self) -> int:
+        """T, what attention and the MLP work on for one image."""
+        return self.grid**2 + self.extra_tokens
+
     @abstractmethod
-    def build(self) -> nn.Module:
-        """The network, initialised from torch's global generator, as `model(x [B,C,H,W], t [B], labels [B]) -> [B,C,H,W]`."""
+    def build(self, how: Implementations = AUTOMATIC) -> Network:
+        """The network, initialised from torch's global generator, as `model(x [B,C,H,W], t [B], labels [B]) -> [B,C,H,W]`.
+
+        `how` never changes its parameters, their names or the random numbers they are made of.
+        """
 
     @abstractmethod
     def flops_per_image(self) -> int:

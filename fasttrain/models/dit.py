@@ -9,13 +9,19 @@ from typing import Literal
 
 import torch
 from fasttrain_kernels.adaln import adaln
+from fasttrain_kernels.gated_adaln import gated_adaln
 from torch import Tensor, nn
 
 from fasttrain.models import flops
 from fasttrain.models.architecture import MODELS, Transformer
-from fasttrain.models.attention import Attention
-from fasttrain.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from fasttrain.models.layers import Mlp, PatchEmbed, check_input, run_block, unpatchify
+from fasttrain.models.attention import Attention, Rotation
+from fasttrain.models.embeddings import AxialRotation, LabelEmbedder, TimestepEmbedder, sincos_positions
+from fasttrain.models.implementations import AUTOMATIC, Implementations
+from fasttrain.models.layers import NORM_EPS, Mlp, PatchEmbed, check_input, unpatchify
+from fasttrain.models.network import Network, run_block
+
+Pending = tuple[Tensor, Tensor] | None
+"""A branch [B, N, D] still to be added to the tokens, and its gate [B, D]; None where there is none."""
 
 
 @MODELS.register("dit")
@@ -44,8 +50,8 @@ class DiT(Transformer):
         """Channels of the last layer."""
         return self.geometry()[0] * (2 if self.learn_sigma else 1)
 
-    def build(self) -> "DiffusionTransformer":
-        return DiffusionTransformer(self)
+    def build(self, how: Implementations = AUTOMATIC) -> "DiffusionTransformer":
+        return DiffusionTransformer(self, how)
 
     def flops_per_image(self) -> int:
         patches, width = self.grid**2, self.width
@@ -62,48 +68,70 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, count * width))
 
 
-class Block(nn.Module):
-    """x + gate * attention(adaln(x)), then x + gate * mlp(adaln(x)); the norms have no parameters of their own."""
+class ModulatedNorm(nn.Module):
+    """The end of one branch and the adaptive norm before the next, in one pass; no parameters of its own."""
 
-    def __init__(self, config: DiT):
+    def __init__(self, config: DiT, how: Implementations):
         super().__init__()
         self.norm = config.norm
-        self.kernels = config.kernels
-        self.attn = Attention(config.width, config.heads)
-        self.mlp = Mlp(config.width, gelu="tanh")
+        self.plain, self.gated = how.kernels.of("adaln"), how.kernels.of("gated_adaln")
+
+    def forward(self, x: Tensor, pending: Pending, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """x with its pending branch added, and the same normalised and modulated: 2 x [B, N, D]."""
+        if pending is None:
+            return x, adaln(x, scale, shift, norm=self.norm, eps=NORM_EPS, impl=self.plain)
+        branch, gate = pending
+        # A branch comes in x's dtype by itself, except under autocast.
+        return gated_adaln(x, branch.to(x.dtype), gate, scale, shift, norm=self.norm, eps=NORM_EPS, impl=self.gated)
+
+
+class Block(nn.Module):
+    """x + gate * attention(adaln(x)), then x + gate * mlp(adaln(x)).
+
+    Takes x and what is pending from the block before, and leaves x and its MLP's branch and gate; see Network.
+    """
+
+    def __init__(self, config: DiT, how: Implementations):
+        super().__init__()
+        self.adds_its_own = config.checkpoint_blocks
+        self.norm = ModulatedNorm(config, how)
+        self.attn = Attention(config.width, config.heads, how, qk_norm=config.qk_norm)
+        self.mlp = Mlp(config.width, "tanh", how)
         self.adaLN_modulation = Modulation(config.width, 6)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, cond: Tensor, rotation: Rotation | None) -> tuple[Tensor, Pending]:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(cond).chunk(6, dim=1)  # 6 x [B, D]
-        y = adaln(x, scale_attn, shift_attn, norm=self.norm, impl=self.kernels)  # [B, N, D]
-        x = x + gate_attn[:, None] * self.attn(y)  # [B, N, D]
-        y = adaln(x, scale_mlp, shift_mlp, norm=self.norm, impl=self.kernels)  # [B, N, D]
-        return x + gate_mlp[:, None] * self.mlp(y)  # [B, N, D]
+        x, y = self.norm(x, pending, scale_attn, shift_attn)  # 2 x [B, N, D]
+        branch = self.attn(y, rotation)  # [B, N, D]
+        x, y = self.norm(x, (branch, gate_attn), scale_mlp, shift_mlp)  # 2 x [B, N, D]
+        branch = self.mlp(y)  # [B, N, D]
+        if self.adds_its_own:
+            return x + gate_mlp[:, None] * branch, None  # [B, N, D]
+        return x, (branch, gate_mlp)
 
 
 class FinalLayer(nn.Module):
     """linear(adaln(x)): tokens to patches."""
 
-    def __init__(self, config: DiT):
+    def __init__(self, config: DiT, how: Implementations):
         super().__init__()
-        self.norm = config.norm
-        self.kernels = config.kernels
+        self.norm = ModulatedNorm(config, how)
         self.linear = nn.Linear(config.width, config.patch**2 * config.out_channels)
         self.adaLN_modulation = Modulation(config.width, 2)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, cond: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond).chunk(2, dim=1)  # 2 x [B, D]
-        x = adaln(x, scale, shift, norm=self.norm, impl=self.kernels)  # [B, N, D]
+        _, x = self.norm(x, pending, scale, shift)  # [B, N, D]
         return self.linear(x)  # [B, N, p*p*C]
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(Network):
     """model(x [B, C, H, W], t [B] integer or real, labels [B] int64) -> [B, C, H, W] in the weights' dtype.
 
     An unconditional model ignores the labels.
     """
 
-    def __init__(self, config: DiT):
+    def __init__(self, config: DiT, how: Implementations = AUTOMATIC):
         super().__init__()
         channels, _, num_classes = config.geometry()
         self.config = config
@@ -112,8 +140,9 @@ class DiffusionTransformer(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, config.width) if num_classes else None
         # A parameter, though never trained, because the public checkpoints hold it.
         self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.width), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.rotation = AxialRotation(config.head_width, config.grid, config.extra_tokens) if config.rotary else None
+        self.blocks = nn.ModuleList(Block(config, how) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, how)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -144,9 +173,11 @@ class DiffusionTransformer(nn.Module):
         dtype = self.pos_embed.dtype
         cond = self._condition(t, labels, dtype)  # [B, D]
         x = self.x_embedder(x).to(dtype) + self.pos_embed  # [B, N, D]
+        rotation = self.rotation() if self.rotation else None
+        pending = None
         for block in self.blocks:
-            x = run_block(block, x, cond, recompute=self.config.checkpoint_blocks)  # [B, N, D]
-        x = self.final_layer(x, cond)  # [B, N, p*p*(C or 2C)]
+            x, pending = run_block(block, x, pending, cond, rotation, recompute=self.config.checkpoint_blocks)  # [B, N, D]
+        x = self.final_layer(x, pending, cond)  # [B, N, p*p*(C or 2C)]
         x = unpatchify(x, self.config.patch, self.config.out_channels)  # [B, C or 2C, H, W]
         return x[:, :channels]  # [B, C, H, W]
 

@@ -42,6 +42,39 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([column, row], dim=-1).flatten(0, 1).float()  # [g*g, D]
 
 
+def axial_angles(head_width: int, grid: int, extra_tokens: int = 0) -> Tensor:
+    """Rotary angles of patches on a grid: row * w_i for the first half of a head's pairs, column * w_i for the second.
+
+    w_i = 10000^(-i / (d/4)), i < d/4      [Su et al. 2021, Eq. 15; in two axes as EVA-02 and LightningDiT: rows first, adjacent pairs]
+
+    Returns:
+        [T, d/2] float64 radians, T = extra_tokens + grid * grid; extra tokens come first and are not turned.
+    """
+    quarter = head_width // 4
+    rate = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # [d/4]
+    line = torch.arange(grid, dtype=torch.float64)[:, None] * rate  # [g, d/4]
+    row, column = line[:, None].expand(-1, grid, -1), line[None, :].expand(grid, -1, -1)  # 2 x [g, g, d/4]
+    patches = torch.cat([row, column], dim=-1).flatten(0, 1)  # [g*g, d/2]
+    return torch.cat([patches.new_zeros(extra_tokens, 2 * quarter), patches])  # [T, d/2]
+
+
+class AxialRotation(nn.Module):
+    """cos and sin of `axial_angles`, fp32 for networks of any dtype; a function of the shapes, and so not in the state dict."""
+
+    bits: Tensor
+
+    def __init__(self, head_width: int, grid: int, extra_tokens: int):
+        super().__init__()
+        angles = axial_angles(head_width, grid, extra_tokens)  # [T, d/2]
+        # Kept as integers of the same bits: network.bfloat16() would round floats.
+        bits = torch.stack([angles.cos(), angles.sin()]).float().view(torch.int32)  # [2, T, d/2]
+        self.register_buffer("bits", bits, persistent=False)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        cos, sin = self.bits.view(torch.float32).unbind(0)  # 2 x [T, d/2]
+        return cos, sin
+
+
 def look_up(table: nn.Embedding, index: Tensor, kind: str) -> Tensor:
     """A row of the table for each index.
 

@@ -1,15 +1,18 @@
-"""The plain parts that transformers here share: patches in and out, the MLP, layers that compute in fp32."""
+"""The plain parts that transformers here share: patches in and out, the norm, the MLP, layers that compute in fp32."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels.bias_gelu import bias_gelu
+from fasttrain_kernels.residual_norm import residual_norm
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from fasttrain.models.implementations import AUTOMATIC, Implementations
 
 MLP_RATIO = 4
+NORM_EPS = 1e-6
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -47,17 +50,41 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2)  # [B, N, D]
 
 
+class AffineNorm(nn.Module):
+    """The end of one branch and the layer norm before the next, in one pass; owns the norm's weights, as nn.LayerNorm would."""
+
+    def __init__(self, width: int, how: Implementations = AUTOMATIC):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.impl = how.kernels.of("residual_norm")
+
+    def forward(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        return residual_norm(x, branch, self.weight, self.bias, eps=NORM_EPS, impl=self.impl)  # x + branch, y: 2 x [B, T, D]
+
+
+class GeluLinear(nn.Linear):
+    """gelu(W x + b): the bias is added where the activation is computed, in one pass over the widest tensor of a block."""
+
+    def __init__(self, inputs: int, outputs: int, gelu: Literal["none", "tanh"], how: Implementations = AUTOMATIC):
+        super().__init__(inputs, outputs)
+        self.gelu = gelu
+        self.impl = how.kernels.of("bias_gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bias_gelu(F.linear(x, self.weight), self.bias, approximate=self.gelu, impl=self.impl)  # [..., out]
+
+
 class Mlp(nn.Module):
     """Linear, GELU, Linear, four times as wide inside."""
 
-    def __init__(self, width: int, gelu: Literal["none", "tanh"]):
+    def __init__(self, width: int, gelu: Literal["none", "tanh"], how: Implementations = AUTOMATIC):
         super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.act = nn.GELU(approximate=gelu)
+        self.fc1 = GeluLinear(width, MLP_RATIO * width, gelu, how)
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))  # [B, T, 4D]
+        x = self.fc1(x)  # [B, T, 4D]
         return self.fc2(x)  # [B, T, D]
 
 
@@ -76,11 +103,3 @@ def check_input(x: Tensor, channels: int, size: int) -> None:
     """
     if x.shape[1:] != (channels, size, size):
         raise ValueError(f"the model takes [B, {channels}, {size}, {size}], got {list(x.shape)}")
-
-
-def run_block(block: Callable[..., Tensor], *args: Any, recompute: bool) -> Tensor:
-    """block(*args); with `recompute`, its activations are dropped and computed again in the backward pass."""
-    if not (recompute and torch.is_grad_enabled()):
-        return block(*args)
-    # No block draws random numbers, so the generators' state need not be kept.
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)

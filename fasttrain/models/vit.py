@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fasttrain.models import flops
 from fasttrain.models.architecture import MODELS, Transformer
-from fasttrain.models.attention import QvBiasAttention
-from fasttrain.models.embeddings import look_up
-from fasttrain.models.layers import Fp32Linear, Mlp, PatchEmbed, check_input, run_block, unpatchify
-
-NORM_EPS = 1e-6
+from fasttrain.models.attention import QvBiasAttention, Rotation
+from fasttrain.models.embeddings import AxialRotation, look_up
+from fasttrain.models.implementations import AUTOMATIC, Implementations
+from fasttrain.models.layers import AffineNorm, Fp32Linear, Mlp, PatchEmbed, check_input, unpatchify
+from fasttrain.models.network import Network, run_block
 
 
 @MODELS.register("vit")
@@ -44,41 +44,49 @@ class ViT(Transformer):
         """Tokens that are not patches: time, and class where there is one."""
         return 1 if self.null_label is None else 2
 
-    def build(self) -> "VisionTransformer":
-        return VisionTransformer(self)
+    def build(self, how: Implementations = AUTOMATIC) -> "VisionTransformer":
+        return VisionTransformer(self, how)
 
     def flops_per_image(self) -> int:
-        patches = self.grid**2
-        ends = 2 * flops.patches(self.width, self.patch, self.geometry()[0], patches)
-        return flops.blocks(self.width, self.depth, patches + self.extra_tokens) + ends
+        ends = 2 * flops.patches(self.width, self.patch, self.geometry()[0], self.grid**2)
+        return flops.blocks(self.width, self.depth, self.tokens) + ends
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm takes its statistics in fp32 for every input dtype."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The norms take their statistics in fp32 for every input dtype.
 
-    def __init__(self, width: int, heads: int):
+    Takes x and a branch still to be added to it (None before the first block), and leaves x and the MLP's branch; see Network.
+    """
+
+    def __init__(self, config: ViT, how: Implementations):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = QvBiasAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = Mlp(width, gelu="none")
+        self.adds_its_own = config.checkpoint_blocks
+        self.norm1 = AffineNorm(config.width, how)
+        self.attn = QvBiasAttention(config.width, config.heads, how, qk_norm=config.qk_norm)
+        self.norm2 = AffineNorm(config.width, how)
+        self.mlp = Mlp(config.width, "none", how)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))  # [B, T, D]
-        return x + self.mlp(self.norm2(x))  # [B, T, D]
+    def forward(self, x: Tensor, branch: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor | None]:
+        # Branches come in x's dtype by themselves, except under autocast.
+        x, y = self.norm1(x, branch)  # 2 x [B, T, D]
+        branch = self.attn(y, rotation).to(x.dtype)  # [B, T, D]
+        x, y = self.norm2(x, branch)  # 2 x [B, T, D]
+        branch = self.mlp(y).to(x.dtype)  # [B, T, D]
+        return (x + branch, None) if self.adds_its_own else (x, branch)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Network):
     """model(x [B, C, H, W], t [B] integer, labels [B] int64) -> [B, C, H, W] fp32; an unconditional model ignores the labels."""
 
-    def __init__(self, config: ViT):
+    def __init__(self, config: ViT, how: Implementations = AUTOMATIC):
         super().__init__()
         channels, _, num_classes = config.geometry()
         width = config.width
         self.config = config
         self.patch_embed = PatchEmbed(channels, config.patch, width)
-        self.pos_embed = nn.Parameter(torch.empty(1, config.extra_tokens + config.grid**2, width))
-        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
+        self.rotation = AxialRotation(config.head_width, config.grid, config.extra_tokens) if config.rotary else None
+        self.blocks = nn.ModuleList(Block(config, how) for _ in range(config.depth))
         self.linear_projection = Fp32Linear(width, config.patch**2 * channels)
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.time_embedding = nn.Embedding(config.num_timesteps, width)
@@ -112,8 +120,11 @@ class VisionTransformer(nn.Module):
         head = self._head_tokens(t, labels)  # [B, 1 or 2, D]
         x = self.patch_embed(x).to(head.dtype)  # [B, N, D]
         x = torch.cat([head, x], dim=1) + self.pos_embed  # [B, T, D]
+        rotation = self.rotation() if self.rotation else None
+        branch = None
         for block in self.blocks:
-            x = run_block(block, x, recompute=self.config.checkpoint_blocks)  # [B, T, D]
+            x, branch = run_block(block, x, branch, rotation, recompute=self.config.checkpoint_blocks)  # 2 x [B, T, D]
+        x = x if branch is None else x + branch  # [B, T, D]
         x = self.linear_projection(x[:, self.config.extra_tokens :])  # [B, N, p*p*C]
         return unpatchify(x, self.config.patch, channels)  # [B, C, H, W]
 

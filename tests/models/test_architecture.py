@@ -20,7 +20,8 @@ KNOWN = {"input_size": 8, "channels": 3, "num_classes": 10}
         ({"depth": 0}, "model.depth must be at least 1, not 0"),
         ({"patch": 0}, "model.patch must be at least 1"),
         ({"num_classes": -1}, r"model.num_classes must be 0 \(unconditional\)"),
-        ({"kernels": "cuda"}, "kernels"),
+        ({"rotary": True}, "model.rotary turns normalised queries and keys: set model.qk_norm too"),
+        ({"rotary": True, "qk_norm": True, "width": 24, "heads": 4}, r"divisible by 4, not model.width / model.heads = 6"),
         ({"widht": 8}, "did you mean 'width'"),
     ],
 )
@@ -58,9 +59,7 @@ def test_every_preset_in_miniature_trains(name):
     preset = MODELS.build(name)
     classes = 10 if preset.num_classes is None else preset.num_classes
     torch.manual_seed(0)
-    small = dataclasses.replace(
-        preset, input_size=4 * preset.patch, channels=3, num_classes=classes, depth=2, width=32, heads=2, kernels="reference"
-    )
+    small = dataclasses.replace(preset, input_size=4 * preset.patch, channels=3, num_classes=classes, depth=2, width=32, heads=2)
     model = small.build()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     x = torch.randn(4, 3, small.input_size, small.input_size)

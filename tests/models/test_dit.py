@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fasttrain_kernels.dispatch import Kernels
 
 from fasttrain.models import MODELS
+from fasttrain.models.implementations import Implementations
 
-TINY = {"name": "dit", "input_size": 8, "channels": 3, "num_classes": 10, "depth": 2, "width": 32, "heads": 4, "kernels": "reference"}
+TINY = {"name": "dit", "input_size": 8, "channels": 3, "num_classes": 10, "depth": 2, "width": 32, "heads": 4}
 # The public checkpoints' names, of the first block and outside the blocks.
 OFFICIAL = {
     "pos_embed", "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table",
@@ -86,7 +88,8 @@ def test_the_first_prediction_is_zero_and_every_block_the_identity():
     assert not model(*batch()).any()
     x, cond = torch.randn(2, 16, 32), torch.randn(2, 32)
     for block in model.blocks:
-        assert torch.equal(block(x, cond), x)
+        x_new, (branch, gate) = block(x, None, cond, None)
+        assert torch.equal(x_new, x) and branch.any() and not gate.any()
 
 
 def test_initial_statistics():
@@ -118,7 +121,8 @@ def test_a_public_checkpoints_shapes_load():
 
 
 def test_names_do_not_depend_on_the_kernels():
-    names = [list(build(kernels=kernels).state_dict()) for kernels in ("auto", "triton", "reference")]
+    config = MODELS.build({**TINY, "qk_norm": True, "rotary": True})
+    names = [list(config.build(Implementations(Kernels(kernels))).state_dict()) for kernels in ("auto", "triton", "reference")]
     assert names[0] == names[1] == names[2]
 
 

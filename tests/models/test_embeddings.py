@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fasttrain.models.embeddings import LabelEmbedder, TimestepEmbedder, look_up, sincos_positions, sinusoid
+from fasttrain.models.embeddings import AxialRotation, LabelEmbedder, TimestepEmbedder, axial_angles, look_up, sincos_positions, sinusoid
 
 
 def test_sinusoid_has_cosines_first_and_divides_by_half():
@@ -62,3 +62,32 @@ def test_timestep_embedder_casts_after_the_sinusoid():
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, embedder.mlp(sinusoid(t, 256).bfloat16()))
     assert not torch.equal(out[0], out[1])  # bf16 cannot tell 999 from 998; the sinusoid in fp32 can
+
+
+def test_rotary_angles_are_the_rows_then_the_columns():
+    """Patch (row 2, column 1) of a 3 x 3 grid, behind two extra tokens; heads of 8: two pairs for either axis, of rates 1 and 1/100."""
+    angles = axial_angles(8, grid=3, extra_tokens=2)
+    assert angles.shape == (2 + 9, 4) and not angles[:2].any()
+    torch.testing.assert_close(angles[2 + 3 * 2 + 1], torch.tensor([2.0, 0.02, 1.0, 0.01], dtype=torch.float64))
+
+
+def test_rotated_scores_depend_on_the_distance_alone():
+    """<R_m q, R_n k> is a function of m - n: the same for every pair of patches one row down and two columns to the right."""
+    rotation = AxialRotation(16, grid=5, extra_tokens=1)
+    cos, sin = rotation()
+    q, k = torch.randn(2, 8, 2).unbind(0)
+
+    def turned(x, token):
+        even, odd = x.unbind(1)
+        return torch.stack([even * cos[token] - odd * sin[token], odd * cos[token] + even * sin[token]])
+
+    tokens = [(1 + 5 * row + column, 1 + 5 * (row + 1) + column + 2) for row in range(4) for column in range(3)]
+    scores = torch.stack([(turned(q, m) * turned(k, n)).sum() for m, n in tokens])
+    torch.testing.assert_close(scores, scores[0].expand(12), rtol=1e-5, atol=1e-5)
+    assert (scores[0] - (turned(q, 1) * turned(k, 3)).sum()).abs() > 1e-3
+
+
+def test_rotation_keeps_fp32_in_a_bf16_network_and_is_not_saved():
+    before, after = AxialRotation(16, 5, 1)(), AxialRotation(16, 5, 1).bfloat16()()
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(before, after, strict=True))
+    assert not AxialRotation(16, 5, 1).state_dict()

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fasttrain.models.layers import Fp32Linear, Mlp, PatchEmbed, check_input, run_block, unpatchify
+from fasttrain.models.layers import AffineNorm, Fp32Linear, Mlp, PatchEmbed, check_input, unpatchify
+from fasttrain.models.network import run_block
 
 
 def test_patches_are_in_raster_order_and_unpatchify_undoes_it():
@@ -36,20 +37,36 @@ def test_fp32_layers_ignore_autocast():
         assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_affine_norm_adds_the_branch_and_normalises(dtype):
+    norm = AffineNorm(64).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, branch = torch.randn(2, 2, 5, 64).to(dtype).unbind(0)
+    total, y = norm(x, branch)
+    assert torch.equal(total, x + branch) and torch.equal(norm(x + branch, None)[1], y)
+    plain = F.layer_norm(total.double(), (64,), norm.weight.double(), norm.bias.double(), 1e-6)
+    torch.testing.assert_close(y.double(), plain, rtol=1e-5 if dtype is torch.float32 else 2**-8, atol=1e-5)
+
+
 def test_layer_norm_of_bf16_takes_its_statistics_in_fp32():
     """What the ViT relies on: bf16 in, bf16 out, one rounding. A mean of 256 with bf16 statistics would be off by far more."""
     x = (torch.randn(16, 256) + 256).bfloat16()
-    norm = torch.nn.LayerNorm(256, eps=1e-6).bfloat16()
+    norm = AffineNorm(256).bfloat16()
     expected = F.layer_norm(x.double(), (256,), norm.weight.double(), norm.bias.double(), 1e-6)
-    torch.testing.assert_close(norm(x).double(), expected, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(norm(x, None)[1].double(), expected, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_mlp_uses_the_gelu_it_is_told(gelu):
     mlp = Mlp(4, gelu)
-    assert mlp.act.approximate == gelu and mlp.fc1.out_features == 16
-    expected = F.linear(F.gelu(mlp.fc1(torch.ones(1, 1, 4)), approximate=gelu), mlp.fc2.weight, mlp.fc2.bias)
-    assert torch.equal(mlp(torch.ones(1, 1, 4)), expected)
+    torch.nn.init.normal_(mlp.fc1.bias)
+    x = 3 * torch.randn(1, 30, 4)
+    hidden = F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias), approximate=gelu)
+    assert hidden.shape == (1, 30, 16) and list(mlp.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    torch.testing.assert_close(mlp(x), mlp.fc2(hidden), rtol=1e-6, atol=1e-6)
+    other = F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias), approximate="tanh" if gelu == "none" else "none")
+    assert not torch.allclose(mlp(x), mlp.fc2(other), rtol=1e-6, atol=1e-6)
 
 
 def test_recomputing_runs_the_block_twice_and_only_for_gradients():

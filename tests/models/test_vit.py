@@ -70,7 +70,7 @@ def test_initial_statistics():
         assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / math.sqrt(2 * number), rel=0.05)
         assert not block.attn.q_bias.any() and not block.attn.v_bias.any() and not block.mlp.fc1.bias.any()
-        assert block.norm1.eps == 1e-6 and (block.norm1.weight == 1).all()
+        assert (block.norm1.weight == 1).all() and not block.norm1.bias.any()
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.linear_projection.weight.std().item() == pytest.approx(2e-5, rel=0.1)
     assert model.time_embedding.weight.std().item() == pytest.approx(1, rel=0.05)
