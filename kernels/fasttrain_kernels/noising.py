@@ -2,8 +2,10 @@
 
     x_t = alpha_t x0 + sigma_t eps,   eps ~ N(0, 1) from (seed, position)        [Hang et al. 2023, Eq. 1-2]
 
-x0, x_t are [B, ...] of fp32, bf16 or fp16; alpha, sigma [B] fp32. Computed in fp32. Bytes per element in bf16: 2 read, 2 written
-(eps never reaches memory). Only alpha is kept for the backward pass: dx0 = alpha dx_t.
+    dx0 = alpha_t dx_t
+
+x0, x_t are [B, ...] of fp32, bf16 or fp16; alpha, sigma [B] fp32. Computed in fp32. Bytes per element in bf16: forward and backward
+2 read, 2 written (eps never reaches memory). Only alpha is kept for the backward pass.
 """
 
 import torch
@@ -35,9 +37,9 @@ def _noising_kernel(
     x0,  # [B, size] any float
     x_t,  # [B, size] any float
     alpha,  # [B] fp32
-    sigma,  # [B] fp32
-    seed,  # [] int64
-    position,  # [B] int64
+    sigma,  # [B] fp32, or None where no noise is added
+    seed,  # [] int64, or None
+    position,  # [B] int64, or None
     size,
     blocks,
     PURPOSE: tl.constexpr,
@@ -47,14 +49,25 @@ def _noising_kernel(
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < size - start
-    eps = normals(tl.load(seed), tl.load(position + sample), start, PURPOSE, BLOCK)
-    clean = tl.load(x0 + sample * size + start + lane, mask=inside, other=0.0).to(tl.float32)
-    noisy = tl.load(alpha + sample) * clean + tl.load(sigma + sample) * eps
-    tl.store(x_t + sample * size + start + lane, noisy, mask=inside)
+    value = tl.load(alpha + sample) * tl.load(x0 + sample * size + start + lane, mask=inside, other=0.0).to(tl.float32)
+    if sigma is not None:
+        value += tl.load(sigma + sample) * normals(tl.load(seed), tl.load(position + sample), start, PURPOSE, BLOCK)
+    tl.store(x_t + sample * size + start + lane, value, mask=inside)
 
 
 @torch.library.custom_op("fasttrain::noising", mutates_args=())
 def _noising_op(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    return _launch(x0, dtype, alpha, sigma, seed, position)
+
+
+@torch.library.custom_op("fasttrain::noising_backward", mutates_args=())
+def _noising_backward_op(dx_t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    return _launch(dx_t, dtype, alpha)
+
+
+def _launch(
+    x0: Tensor, dtype: torch.dtype, alpha: Tensor, sigma: Tensor | None = None, seed: Tensor | None = None, position: Tensor | None = None
+) -> Tensor:
     x0 = x0.contiguous()
     x_t = torch.empty(x0.shape, dtype=dtype, device=x0.device)
     if x_t.numel() > 0:
@@ -71,6 +84,11 @@ def _(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, 
     return torch.empty(x0.shape, dtype=dtype, device=x0.device)
 
 
+@_noising_backward_op.register_fake
+def _(dx_t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(dx_t.shape, dtype=dtype, device=dx_t.device)
+
+
 def _save(ctx, inputs, output) -> None:
     x0, alpha, *_ = inputs
     ctx.save_for_backward(alpha)
@@ -79,8 +97,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     (alpha,) = ctx.saved_tensors
-    dx0 = alpha.view((-1,) + (1,) * (grad.dim() - 1)) * grad.to(torch.float32)
-    return dx0.to(ctx.dtype), None, None, None, None, None
+    return _noising_backward_op(grad, alpha, ctx.dtype), None, None, None, None, None
 
 
 _noising_op.register_autograd(_backward, setup_context=_save)

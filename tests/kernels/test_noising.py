@@ -4,7 +4,7 @@ import pytest
 import torch
 from fasttrain_kernels.cases.noise import noising_inputs
 from fasttrain_kernels.noising import noising
-from fasttrain_kernels.philox import normal
+from fasttrain_kernels.philox import Purpose, _box_muller, normal, philox
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,33 @@ def test_the_registered_operation_passes_torchs_own_checks(device: torch.device)
     inputs = noising_inputs((2, 3, 5), torch.float32, device)
     inputs["x0"].requires_grad_()
     torch.library.opcheck(torch.ops.fasttrain.noising.default, (*inputs.values(), torch.bfloat16))
+    grad = torch.rand(2, 3, 5, device=device)
+    torch.library.opcheck(torch.ops.fasttrain.noising_backward.default, (grad, inputs["alpha"], torch.bfloat16))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_gradient_is_rounded_once_to_x0s_type(device: torch.device) -> None:
+    inputs = noising_inputs((3, 2, 5), torch.bfloat16, device)
+    x0 = inputs.pop("x0").requires_grad_()
+    upstream = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    (grad,) = torch.autograd.grad(noising(x0, **inputs, dtype=torch.float32, impl="triton"), x0, upstream)
+    assert torch.equal(grad, (inputs["alpha"][:, None, None] * upstream).to(torch.bfloat16))
+
+
+def test_more_than_2_to_the_31_elements_in_one_sample() -> None:
+    """Only the last program runs, so that of the memory only its own is touched."""
+    pytest.importorskip("triton")
+    from tests.kernels.interpreter import recording, run_program
+
+    size, position = 2**31 + 8, torch.tensor([2**33 + 5])
+    x0 = torch.empty(1, size, dtype=torch.float16)
+    x0[0, -4:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with recording() as launches:
+        x_t = noising(x0, torch.full((1,), 0.5), torch.full((1,), 2.0), 3, position, dtype=torch.float32, impl="triton")
+    run_program(launches[0], (launches[0].grid[0] - 1,))
+    words = philox(3, size // 4 - 1, Purpose.NOISE, position)
+    eps = torch.cat([*_box_muller(*words[:2]), *_box_muller(*words[2:])])
+    torch.testing.assert_close(x_t[0, -4:], 0.5 * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 2 * eps, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -38,14 +38,14 @@ def test_only_the_loss_is_differentiable(impl: str, device: torch.device) -> Non
     assert loss.dtype == mse.dtype == by_range.dtype == torch.float32
 
 
-RANGES = [0, 2, 2, 5, -7, 9, 2]
+RANGES = [0, 2, 2, 5, -7, 39, 2, 20]
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("kernels", "poisoned")
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("ranges", [1, 4, 6, 40])
 def test_every_sample_counts_in_one_range_and_outside_in_the_nearest(ranges: int, impl: str, device: torch.device) -> None:
-    inputs = weighted_mse_inputs((7, 2, 3), torch.float32, device)
+    inputs = weighted_mse_inputs((len(RANGES), 2, 3), torch.float32, device)
     inputs["timestep_range"] = torch.tensor(RANGES, device=device)
     _, mse, by_range = weighted_mse(**inputs, ranges=ranges, impl=impl)
     wanted = torch.zeros(ranges, 2, device=device)
@@ -88,6 +88,32 @@ def test_more_blocks_than_one_pass_adds(device: torch.device, monkeypatch: pytes
     monkeypatch.setattr(module, "_BLOCK", 4)
     inputs = weighted_mse_inputs((2, 131), torch.float32, device)  # 33 blocks
     torch.testing.assert_close(weighted_mse(**inputs, ranges=5, impl="triton"), weighted_mse(**inputs, ranges=5, impl="reference"))
+
+
+def test_more_than_2_to_the_31_elements_in_one_sample() -> None:
+    """Only the last program of each launch runs, so that of the memory only its own is touched."""
+    pytest.importorskip("triton")
+    from tests.kernels.interpreter import recording, run_program
+
+    size, ones = 2**31 + 8, torch.ones(1)
+    pred, x0 = (torch.empty(1, size, dtype=torch.float16) for _ in range(2))
+    pred[0, -8:], x0[0, -8:] = torch.arange(1.0, 9.0), 0.5 * torch.arange(1.0, 9.0)
+    pred.requires_grad_()
+    where = {"position": torch.zeros(1, dtype=torch.int64), "timestep_range": torch.zeros(1, dtype=torch.int64)}
+    with recording() as launches:
+        loss, _, _ = weighted_mse(pred, x0, 2 * ones, 0 * ones, 2.0**30 * ones, 3, **where, ranges=1, impl="triton")
+        (dpred,) = torch.autograd.grad(loss, pred, torch.ones(1))
+    sums, _, gradient = launches
+    for launch in (sums, gradient):
+        run_program(launch, (launch.grid[0] - 1,))
+    assert sums.bound()["sums"][0, -1] == 0  # the target is 2 x0, which is pred
+    assert torch.equal(dpred[0, -8:], torch.zeros(8, dtype=torch.float16))
+    with torch.no_grad():
+        pred[0, -8:] += 1
+    for launch in (sums, gradient):
+        run_program(launch, (launch.grid[0] - 1,))
+    assert sums.bound()["sums"][0, -1] == 8
+    torch.testing.assert_close(dpred[0, -8:], torch.ones(8, dtype=torch.float16))  # 2 / 2^31 of the weight
 
 
 @pytest.mark.usefixtures("kernels")
