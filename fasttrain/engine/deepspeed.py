@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fasttrain.engine.optimizer import AdamWEMA
+from fasttrain.engine.update import Borrowed
 from fasttrain.errors import UserError
 from fasttrain.registry import nearest
 
@@ -25,6 +26,7 @@ _ALLOWED = (
 # What training and checkpoints here are tested with.
 _ZERO_ALLOWED = (
     "stage",
+    "offload_optimizer",
     "allgather_partitions",
     "allgather_bucket_size",
     "contiguous_gradients",
@@ -38,10 +40,10 @@ _ZERO_ALLOWED = (
     "sub_group_size",
 )
 _ZERO_UNSUPPORTED = {
-    "offload_optimizer": "use more ranks or a higher stage",
     "offload_param": "use more ranks or a higher stage",
     "round_robin_gradients": "checkpoints would name the parameters in another order",
 }
+_OFFLOAD_ALLOWED = ("device", "pin_memory")
 _OWNED_BY_RUN = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
@@ -79,6 +81,19 @@ def _check_zero(zero: Any) -> None:
                 raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it; {_ZERO_UNSUPPORTED[key]}")
         elif key not in _ZERO_ALLOWED:
             raise UserError(f"deepspeed: unknown key zero_optimization.{key}; {nearest(key, _ZERO_ALLOWED)}")
+    if zero.get("offload_optimizer") is not None:
+        _check_offload(zero["offload_optimizer"], zero.get("stage", 0))
+
+
+def _check_offload(offload: Any, stage: int) -> None:
+    where = "deepspeed: zero_optimization.offload_optimizer"
+    if not isinstance(offload, Mapping) or offload.get("device") not in ("none", "cpu"):
+        raise UserError(f'{where} must be {{"device": "cpu"}} (no other device is supported) or {{"device": "none"}}, got {offload!r}')
+    for key in offload:
+        if key not in _OFFLOAD_ALLOWED:
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, _OFFLOAD_ALLOWED)}")
+    if offload["device"] == "cpu" and stage == 0:
+        raise UserError(f"{where} needs ZeRO: set zero_optimization.stage to 1, 2 or 3, or remove it")
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
@@ -87,6 +102,12 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     if stage not in (0, 1, 2, 3):
         raise UserError(f"deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     return int(stage)
+
+
+def offloads(settings: Mapping[str, Any]) -> bool:
+    """Whether masters, moments and averages lie in the host's memory, and are updated there."""
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer")
+    return offload is not None and offload["device"] == "cpu"
 
 
 def build_engine(
@@ -98,14 +119,18 @@ def build_engine(
     accumulation_steps: int,
     precision: str,
     clip: float | None,
+    whole: type[torch.nn.Module] | None = None,
 ) -> Any:
     """A DeepSpeedEngine over this model and optimizer, with the optimizer's state made, so that a checkpoint can be read at once.
 
     Args:
         precision: "bf16" (weights bf16, masters fp32) or "fp32".
         clip: largest gradient norm, or None.
+        whole: the class of modules whose forward will be compiled. ZeRO 3 gathers each as one, so that its hooks stay outside.
     """
     deepspeed = _import_deepspeed()
+    if whole is not None and zero_stage(settings) == 3:
+        deepspeed.utils.set_z3_leaf_modules(model, [whole])
     merged = {
         **settings,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -114,6 +139,8 @@ def build_engine(
         "bf16": {"enabled": precision == "bf16"},
         **_accumulation_type(zero_stage(settings), precision, accumulation_steps),
         "zero_allow_untested_optimizer": True,
+        # Under offload DeepSpeed wants its CPU Adam itself; ours calls it, and keeps the averages.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=merged, dist_init_required=False)
@@ -138,6 +165,31 @@ def gradient_norm(engine: Any) -> float | None:
     guarded = engine.basic_optimizer.grad_norm
     norm = guarded if guarded is not None else engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def deepspeed_adam(place: torch.device, offloaded: bool) -> Borrowed:
+    """DeepSpeed's Adam as AdamW for state on `place`: on a GPU its fused one, on the CPU its vectorised one. Builds it at first use.
+
+    Raises:
+        UserError: it does not build.
+    """
+    _import_deepspeed()
+    from deepspeed.ops import adam
+
+    if place.type == "cpu":
+        made, words, settings = adam.DeepSpeedCPUAdam, f"DeepSpeed CPU Adam{' (offloaded)' if offloaded else ''}", {"adamw_mode": True}
+    else:
+        made, words, settings = adam.FusedAdam, "DeepSpeed FusedAdam", {"adam_w_mode": True}
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{words}: DeepSpeed compiles it where it has not been yet, which takes minutes", flush=True)
+    try:
+        made([torch.zeros(1, device=place, requires_grad=True)], **settings)
+    except Exception as error:  # whatever the compiler or its driver met
+        raise UserError(
+            f"optimizer: {words} does not build here: {error}; it needs a C++ compiler and ninja (and nvcc for a GPU), see `ds_report`; "
+            "or set optimizer.implementation: torch"
+        ) from error
+    return Borrowed(lambda params: made(params, **settings), words)
 
 
 def _let_optimizer_guard(engine: Any, optimizer: AdamWEMA, clip: float | None) -> None:

@@ -8,6 +8,11 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fasttrain.engine.update import OnePass, Update, Work
+
+Implementation = Literal["fasttrain", "torch", "apex", "deepspeed"]
+"""Whose code computes the update; the state, and so a checkpoint, is the same."""
+
 
 class EmaConfig(BaseModel):
     """One moving average of the weights.
@@ -40,6 +45,7 @@ class OptimizerConfig(BaseModel):
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
     ema: tuple[EmaConfig, ...] = (EmaConfig(half_life=1_774_000),)
+    implementation: Implementation = "fasttrain"
 
     @model_validator(mode="after")
     def _check(self) -> "OptimizerConfig":
@@ -55,8 +61,11 @@ class OptimizerConfig(BaseModel):
         factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))), "linear": max(0.0, 1 - done)}[self.decay]
         return self.learning_rate * factor
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], max_norm: float | None = None) -> "AdamWEMA":
-        """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does."""
+    def build(self, parameters: Iterable[torch.nn.Parameter], update: Update | None = None) -> "AdamWEMA":
+        """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does.
+
+        `update` is what `updates.choose_update` gives for `implementation`; by default our one pass.
+        """
         return AdamWEMA(
             parameters,
             lr=self.learning_rate,
@@ -64,7 +73,7 @@ class OptimizerConfig(BaseModel):
             eps=self.eps,
             weight_decay=self.weight_decay,
             ema=self.ema,
-            max_norm=max_norm,
+            update=update or OnePass(),
         )
 
 
@@ -95,6 +104,9 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Args:
         ema: the averages to keep; their states are named `ema`, `ema_1`, ...
+        update: what computes it.
+
+    Attributes:
         guard: without ZeRO and in fp32 nothing above this class looks at the gradients: then measure their norm here, clip to
             `max_norm`, and skip the step when it is not finite. ZeRO's own optimizers do the same before they call this one.
     """
@@ -108,14 +120,15 @@ class AdamWEMA(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         ema: tuple[EmaConfig, ...],
-        max_norm: float | None = None,
+        update: Update,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.ema = ema
-        self.max_norm = max_norm
+        self.update = update
+        self.max_norm: float | None = None
         self.guard = False
-        self.overflow = False
         self.grad_norm: torch.Tensor | None = None
+        self._found_inf: torch.Tensor | None = None
         self.clock = Clock(update=1, position=1, images=1)
 
     def begin(self, clock: Clock, learning_rate: float) -> None:
@@ -134,34 +147,29 @@ class AdamWEMA(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p] = {name: p.detach().clone() if name.startswith("ema") else torch.zeros_like(p) for name in self.state_names()}
 
+    @property
+    def overflow(self) -> bool:
+        """Whether the guard kept the last step from being taken: DeepSpeed asks after the step, which is then already on its way."""
+        return self._found_inf is not None and bool(self._found_inf)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient, as `clock` says."""
-        if self.guard and not self._gradients_fine():
-            return
+        clip = self._look_at_gradients() if self.guard else None
         decays = [ema.decay(self.clock.position, self.clock.images) for ema in self.ema]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.init_state([p])
-                    self._update(p, p.grad, self.state[p], group, decays)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            self.init_state(params)
+            exp_avgs, exp_avg_sqs, *emas = ([self.state[p][name] for p in params] for name in self.state_names())
+            settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            lists = (params, [p.grad for p in params], exp_avgs, exp_avg_sqs, emas)
+            self.update(Work(*lists, **settings, update=self.clock.update, decays=decays, clip=clip, found_inf=self._found_inf))
 
-    def _update(
-        self, p: torch.Tensor, grad: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any], decays: list[float]
-    ) -> None:
-        beta1, beta2 = group["betas"]
-        correction1, correction2 = 1 - beta1**self.clock.update, 1 - beta2**self.clock.update
-        exp_avg = state["exp_avg"].lerp_(grad, 1 - beta1)
-        exp_avg_sq = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_(math.sqrt(correction2)).add_(group["eps"])
-        p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(exp_avg, denominator, value=-group["lr"] / correction1)
-        for i, decay in enumerate(decays):
-            state[ema_name(i)].lerp_(p, 1 - decay)
-
-    def _gradients_fine(self) -> bool:
+    def _look_at_gradients(self) -> torch.Tensor | None:
+        """Measures the norm; returns the factor that clips to `max_norm`. No host sync."""
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(grads)
-        self.overflow = not bool(torch.isfinite(self.grad_norm))
-        if self.max_norm and not self.overflow:
-            torch._foreach_mul_(grads, torch.clamp(self.max_norm / (self.grad_norm + 1e-6), max=1.0))
-        return not self.overflow
+        self._found_inf = (~torch.isfinite(self.grad_norm)).float()
+        return torch.clamp(self.max_norm / (self.grad_norm + 1e-6), max=1.0) if self.max_norm else None

@@ -35,7 +35,16 @@ def test_a_file_and_a_mapping_are_read_alike(tmp_path):
         ({"zero_optimization": 3}, r"zero_optimization must be a mapping"),
         ({"zero_optimization": {"stge": 3}}, r"unknown key zero_optimization\.stge; did you mean 'stage'"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, r"round_robin_gradients is not supported yet"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, r"offload_optimizer must be {\"device\": \"cpu\"}"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, r"offload_optimizer must be .*, got 'cpu'"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 1}}},
+            r"offload_optimizer: unknown key",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            r"offload_optimizer needs ZeRO: set zero",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"zero_optimization\.offload_param is not supported"),
     ],
 )
