@@ -59,7 +59,7 @@ def attention_function(name: str, deterministic: bool = False) -> Attend:
     if name not in ATTENTION:
         raise ValueError(f"unknown attention {name!r}; known: {', '.join(ATTENTION)}")
     if (remedy := missing(name)) is not None:
-        raise ValueError(f"attention {name!r}: {remedy}")
+        raise ValueError(f"attention {name!r}: {remedy}, or choose another one")
     if name in PACKAGES:
         # Imported here, because no run needs more than one of them, and each takes seconds.
         function = importlib.import_module(PACKAGES[name][0]).flash_attn_func
@@ -87,7 +87,7 @@ def missing(name: str) -> str | None:
     spec = importlib.util.find_spec(parent or module)
     if spec is not None and parent:
         spec = PathFinder.find_spec(child, spec.submodule_search_locations)  # find_spec itself would import the parent
-    return None if spec else f"the module {module} is not installed: {remedy}, or choose another attention"
+    return None if spec else f"the module {module} is not installed: {remedy}"
 
 
 def describe() -> str:

@@ -8,7 +8,7 @@ from fasttrain.models.memory import count_parameters, memory_per_rank
 
 def test_zero_0_in_bf16_is_16_bytes_a_parameter_and_4_an_average():
     memory = memory_per_rank(1000, stage=0, world_size=8, weights_bytes=2, ema_count=1)
-    assert memory == {"weights": 2000, "gradients": 2000, "optimizer": 12_000, "ema": 4000, "total": 20_000}
+    assert memory == {"weights": 2000, "gradients": 2000, "optimizer": 12_000, "ema": 4000, "total": 20_000, "host": 0}
 
 
 @pytest.mark.parametrize(("stage", "weights", "gradients", "optimizer"), [(1, 2000, 2000, 1500), (2, 2000, 250, 1500), (3, 250, 250, 1500)])
@@ -28,6 +28,18 @@ def test_fp32_weights_need_a_master_copy_only_under_zero_1_and_2(stage, per_para
 
 def test_an_indivisible_count_is_padded():
     assert memory_per_rank(10, 3, world_size=4, weights_bytes=4, ema_count=0)["weights"] == 3 * 4
+
+
+@pytest.mark.parametrize(("stage", "host"), [(1, 12 + 4 + 4 + 2), (2, 12 + 4 + 4 + 2), (3, 12 + 4 + 4)])
+def test_offload_moves_the_state_to_the_host(stage, host):
+    memory = memory_per_rank(1000, stage, world_size=4, weights_bytes=2, ema_count=1, offloaded=True)
+    assert memory["optimizer"] == memory["ema"] == 0 and memory["total"] == memory["weights"] + memory["gradients"]
+    assert memory["host"] == 250 * host
+
+
+def test_there_is_no_offload_without_zero():
+    with pytest.raises(ValueError, match="only ZeRO 1 to 3 offload"):
+        memory_per_rank(10, 0, 1, 4, 0, offloaded=True)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(4, 1), (-1, 1), (1, 0)])
