@@ -198,7 +198,11 @@ def _kernels() -> Iterable[Finding]:
 
 
 def _optimizer() -> Iterable[Finding]:
-    yield Finding("optimizer", "fasttrain's AdamW with the averages (EMA) as its state, torch operations; ZeRO shards both")
+    from fasttrain_kernels.dispatch import here
+
+    apex = importlib.util.find_spec("amp_C") is not None
+    others = f"torch, deepspeed{', apex' if apex else ''}; offloaded: DeepSpeed's CPU Adam"
+    yield Finding("optimizer", f"fasttrain's AdamW with the averages (EMA) as its state, one pass: {here()}; ZeRO shards both; or {others}")
 
 
 def _present(module: str) -> bool:

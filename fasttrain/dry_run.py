@@ -9,6 +9,7 @@ from rich.table import Table
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import training_loader
 from fasttrain.data.shards import ShardSet
+from fasttrain.engine.deepspeed import offloads
 from fasttrain.models.flops import TRAINING
 from fasttrain.models.memory import count_parameters, memory_per_rank
 from fasttrain.run import resolve
@@ -52,11 +53,13 @@ def dry_run(config: RunConfig) -> None:
 def _memory_table(config: RunConfig, parameters: int, world_size: int) -> Table:
     weights_bytes = 2 if config.training.precision == "bf16" else 4
     worlds = sorted({world_size, 8, 64})
-    table = Table(
-        "ZeRO stage", *(f"{n} ranks" if n > 1 else "1 rank" for n in worlds), title="GiB per rank between steps, activations not counted"
-    )
-    for stage in range(4):
-        cells = [memory_per_rank(parameters, stage, n, weights_bytes, len(config.optimizer.ema))["total"] / GIB for n in worlds]
+    offloaded = offloads(config.deepspeed_settings())
+    title = "GiB per rank between steps, activations not counted"
+    ranks = (f"{n} ranks" if n > 1 else "1 rank" for n in worlds)
+    table = Table("ZeRO stage", *ranks, title=f"{title}; + on the host" if offloaded else title)
+    for stage in range(1 if offloaded else 0, 4):
+        held = [memory_per_rank(parameters, stage, n, weights_bytes, len(config.optimizer.ema), offloaded) for n in worlds]
         chosen = " (chosen)" if stage == config.zero_stage else ""
-        table.add_row(f"{stage}{chosen}", *(f"{cell:.3g}" for cell in cells))
+        host = [f" + {each['host'] / GIB:.3g}" if offloaded else "" for each in held]
+        table.add_row(f"{stage}{chosen}", *(f"{each['total'] / GIB:.3g}{beside}" for each, beside in zip(held, host, strict=True)))
     return table

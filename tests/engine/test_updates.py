@@ -99,6 +99,7 @@ def offload(stage: int, device: str = "cpu") -> dict[str, Any]:
 
 def test_offload_is_read() -> None:
     assert offloads(read_settings(offload(2)))
+    assert offloads(read_settings(str(Path(__file__).parents[2] / "configs" / "deepspeed" / "offload" / "zero2.json")))
     assert not offloads(read_settings(offload(2, "none"))) and not offloads(read_settings(zero(2)))
 
 
