@@ -1,6 +1,7 @@
 """What is known of every kernel without running it on a GPU: registers, spills, access widths, and the bytes its loads and stores move.
 
-    python -m benchmarks.static_report        prints a table, writes benchmarks/results/cpu/static.json
+    python -m benchmarks.static_report                   prints a table, writes benchmarks/results/cpu/static.json
+    python -m benchmarks.static_report adaln noising     these operations anew, the others as the file has them
 
 Static facts, and no speeds. Machine code comes from Triton's own compiler and ptxas, specialised as a launch on a GPU of 132 processors
 would be, and is disassembled. Bytes are counted in Triton's interpreter, active lanes only, tensor by tensor:
@@ -11,7 +12,9 @@ would be, and is disassembled. Bytes are counted in Triton's interpreter, active
 """
 
 import argparse
+import json
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from fasttrain_kernels.cases import CASES, Case, Shape
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import environment, results_folder
+from benchmarks.environment import commit, environment, results_folder
 from benchmarks.stage import write_json
 from tests.kernels.ahead_of_time import ARCHITECTURES, Compiled, compile_launch
 from tests.kernels.interpreter import Launch, run_program
@@ -98,6 +101,7 @@ def directions(operation: str, case: Case, options: dict[str, Any], sample: Shap
             found.append(
                 {
                     "operation": operation,
+                    "commit": commit(),
                     "options": named,
                     "sample": list(sample),
                     "direction": direction,
@@ -109,16 +113,22 @@ def directions(operation: str, case: Case, options: dict[str, Any], sample: Shap
     return found
 
 
-def report(console: Console) -> Facts:
-    """Every operation, option and size."""
-    found: list[Facts] = []
-    for operation, case in CASES.items():
-        for options in case.options:
-            for sample in case.real:
-                found += directions(operation, case, options, sample)
+def report(console: Console, operations: Sequence[str], kept: list[Facts]) -> Facts:
+    """These operations with every option and size, beside what is kept of others."""
+    found: dict[str, list[Facts]] = {name: [one for one in kept if one["operation"] == name] for name in CASES}
+    for operation in operations:
+        found[operation] = []
+        for options in CASES[operation].options:
+            for sample in CASES[operation].real:
+                found[operation] += directions(operation, CASES[operation], options, sample)
                 console.print(f"{operation} {' '.join(map(str, options.values()))} {list(sample)}")
     settings = {"processors": PROCESSORS, "batches": list(BATCHES), "dtype": "bf16", "architectures": list(ARCHITECTURES)}
-    return {"benchmark": "static", "environment": environment(CPU), "settings": settings, "passes": found}
+    return {
+        "benchmark": "static",
+        "environment": environment(CPU),
+        "settings": settings,
+        "passes": [one for each in found.values() for one in each],
+    }
 
 
 def rows(result: Facts) -> list[Facts]:
@@ -159,12 +169,16 @@ def _row(one: Facts, each: Facts, first: bool) -> Facts:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", nargs="*", metavar="operation", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--out", type=Path, help="the JSON file")
     args = parser.parse_args(arguments)
+    if unknown := set(args.operations) - set(CASES):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(CASES)}")
     torch.set_num_threads(1)
     console = Console(width=240)
-    result = report(console)
     path = args.out or results_folder(CPU) / "static.json"
+    kept = json.loads(path.read_text())["passes"] if args.operations and path.exists() else []
+    result = report(console, args.operations or list(CASES), kept)
     write_json(path, result)
     found = rows(result)
     table = Table(*found[0], title=f"{TELLING}, bf16, width 1152 or what goes with it; all widths and targets in {path}")

@@ -55,3 +55,10 @@ def test_bytes_of_rows_statistics_and_partial_sums_are_counted_apart(monkeypatch
     programs = torch.Size(backward["kernels"][0]["grid"]).numel()
     # Each program writes fp32 sums for scale and shift, which are read once.
     assert backward["at_batch"]["4"]["partial_sums"] == pytest.approx(programs * 2 * width * 4 * 2 / (4 * tokens * width), abs=2e-4)
+
+
+def test_other_operations_are_kept_when_some_are_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_report, "directions", lambda operation, *_: [{"operation": operation, "is": "new"}])
+    kept = [{"operation": name, "is": "old"} for name in ("adaln", "noising", "gone")]
+    result = static_report.report(static_report.Console(quiet=True), ["noising"], kept)
+    assert result["passes"] == [{"operation": "noising", "is": "new"}, {"operation": "adaln", "is": "old"}]
