@@ -9,22 +9,22 @@ from types import FrameType
 from typing import Any
 
 import torch
-from fasttrain_kernels.dispatch import Kernels, choose, here
-from torch import nn
 
 from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
+from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.diffusion.objective import Objective
-from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm
+from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
-from fasttrain.errors import UserError
+from fasttrain.engine.updates import choose_update
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
-from fasttrain.models import attention
 from fasttrain.models.flops import TRAINING
+from fasttrain.models.implementations import Implementations
+from fasttrain.models.network import Network
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.run import check_identity, identity, resolve, write_folder
@@ -46,14 +46,21 @@ class Trainer:
         self.dtype = DTYPES[config.training.precision]
         self.seed = torch.tensor(config.seed, device=processes.device)
         self.identity = identity(config, shards.index)
-        _check_kernels(config, self.seed)
+        if config.training.deterministic:
+            make_deterministic()
+        check_kernels(config.kernels, self.seed)
         self.objective = build_objective(config, self.seed)
-        self.loader = training_loader(config.data, shards, self.seed, Kernels(config.kernels))
+        self.loader = training_loader(config.data, shards, self.seed, config.kernels)
         held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
         decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
         self.preview = Preview(config, processes, held_out, decode, self.dtype)
-        self.network = build_network(config)
-        self.optimizer = config.optimizer.build(p for p in self.network.parameters() if p.requires_grad)
+        attention, self._attention = choose_attention(
+            config.attention, config.model, self.micro_batch, self.dtype, processes, deterministic=config.training.deterministic
+        )
+        self.network = build_network(config, attention)
+        offloaded = offloads(config.deepspeed_settings())
+        update = choose_update(config.optimizer.implementation, config.kernels.of("adamw_ema"), processes.device, offloaded)
+        self.optimizer = config.optimizer.build((p for p in self.network.parameters() if p.requires_grad), update)
         self.engine = build_engine(
             self.network,
             self.optimizer,
@@ -62,6 +69,7 @@ class Trainer:
             accumulation_steps=self.accumulation_steps,
             precision=config.training.precision,
             clip=config.training.clip,
+            whole=self.network.block_type if config.training.compile else None,
         )
         self.state = TrainingState(self.engine, config.zero_stage, processes)
         self.checkpoints = Checkpoints(config.run_dir, processes, config.checkpoint.keep_last)
@@ -143,12 +151,13 @@ class Trainer:
         """What this run computes with, told once at its start."""
         config, device = self.config, self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
-        kernels = here() if config.kernels == "auto" else config.kernels
         summed = accumulates_in_bf16(config.zero_stage, config.training.precision, self.accumulation_steps)
+        same = "; deterministic: the same bits each time on the same device" if config.training.deterministic else ""
         rounding = f"; gradients of {self.accumulation_steps} micro-batches summed in bf16 (in fp32 from ZeRO 2 on)" if summed else ""
         return (
-            f"{self.processes.world_size} x {name}, {config.training.precision}, ZeRO {config.zero_stage}; kernels: {kernels}; "
-            f"attention: {attention.describe()}; optimizer: AdamW with EMA, torch operations{rounding}"
+            f"{self.processes.world_size} x {name}, {config.training.precision}, ZeRO {config.zero_stage}; "
+            f"kernels: {describe_kernels(config.kernels)}; attention: {self._attention}; "
+            f"optimizer: {self.optimizer.update.describe()}{rounding}{same}"
         )
 
     def _after_step(self, reporter: Reporter, watch: Stopwatch, stopped: bool) -> None:
@@ -198,19 +207,11 @@ class Trainer:
         }
 
 
-def _check_kernels(config: RunConfig, seed: torch.Tensor) -> None:
-    for key, wanted in (("kernels", config.kernels), ("model.kernels", config.model.kernels)):
-        try:
-            choose(wanted, seed)
-        except ValueError as error:
-            raise UserError(f"{key}: {error}") from None
-
-
-def build_network(config: RunConfig) -> nn.Module:
+def build_network(config: RunConfig, attention: str = "auto") -> Network:
     """The run's network with its initial weights, the same on every rank: a function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return config.model.build()
+        return config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
 
 
 def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
@@ -226,7 +227,7 @@ def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
         null_label=null_label,
         seed=seed,
         ranges=config.log.timestep_ranges,
-        kernels=Kernels(config.kernels),
+        kernels=config.kernels,
     )
 
 
