@@ -87,6 +87,13 @@ def recorded_noising(x0: torch.Tensor) -> Launch:
     return launches[0]
 
 
+def test_spills_would_be_seen() -> None:
+    launch = recorded(CASES["gated_adaln"], (4, 256, 1152), {"norm": "layer"}, processors=PROCESSORS).backward[0]
+    launch.settings["maxnreg"] = 32
+    compiled = compile_launch(launch, "sm_90")
+    assert compiled.spilled_bytes > 0 and compiled.registers <= 32
+
+
 @jit
 def _narrow_kernel(source, target, width, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
