@@ -9,7 +9,7 @@ import triton.language as tl
 from fasttrain_kernels.cases import CASES, Case, Shape
 from fasttrain_kernels.language import jit
 
-from tests.kernels.ahead_of_time import ARCHITECTURES, SHARED_MEMORY, Compiled, compile_launch
+from tests.kernels.ahead_of_time import SHARED_MEMORY, Compiled, compile_launch
 from tests.kernels.interpreter import Launch, recording
 from tests.kernels.passes import CPU, Passes, counted, recorded, worth_counting
 
@@ -29,15 +29,17 @@ def telling(case: Case) -> Shape:
 
 
 def machine_code() -> list[Any]:
-    """One width for every option and architecture; the other widths for sm_90. static_report has them all."""
-    return [
-        pytest.param(case, options, sample, architecture, id="-".join(map(str, [name, *options.values(), *sample, architecture])))
-        for name, case in CASES.items()
-        for options in case.options
-        for architecture in ARCHITECTURES
-        for sample in case.real
-        if sample == telling(case) or (architecture == "sm_90" and options == case.options[0])
-    ]
+    """On sm_90 every option at one width and every width with one option; elsewhere one of each. static_report has them all."""
+    chosen = []
+    for name, case in CASES.items():
+        first, last = case.options[0], case.options[-1]
+        wanted = [("sm_90", options, telling(case)) for options in case.options]
+        wanted += [("sm_90", first, sample) for sample in case.real if sample != telling(case)]
+        wanted += [("sm_80", first, telling(case)), ("sm_100", last, telling(case))]
+        for architecture, options, sample in wanted:
+            identity = "-".join(map(str, [name, *options.values(), *sample, architecture]))
+            chosen.append(pytest.param(case, options, sample, architecture, id=identity))
+    return chosen
 
 
 def settings() -> list[Any]:
