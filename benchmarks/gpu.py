@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, environment
-from benchmarks.stage import NO_DEVICE, write_json
+from benchmarks.stage import NO_DEVICE
+from benchmarks.whole_file import write_json
 
 GRACE = 15.0
 """Seconds that a stage gets beyond its limit before it is killed."""

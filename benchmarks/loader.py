@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, results_folder
-from benchmarks.stage import write_json
+from benchmarks.whole_file import write_json
 from fasttrain.data.index import Source, VaeRecord
 from fasttrain.data.loader import Loader
 from fasttrain.data.order import Order

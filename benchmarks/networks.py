@@ -14,6 +14,8 @@ from fasttrain.diffusion.schedule import Cosine
 from fasttrain.diffusion.timesteps import Stratified
 from fasttrain.diffusion.weighting import MinSnr
 from fasttrain.models import MODELS, Transformer
+from fasttrain.models.attention_choice import Shape, fastest
+from fasttrain.models.implementations import Implementations
 
 LATENTS = {"input_size": 32, "channels": 4, "num_classes": 1000}
 """ImageNet at 256 pixels, encoded."""
@@ -88,9 +90,10 @@ def wake(network: nn.Module) -> None:
 def build_network(config: Transformer, kernels: Kernels, attention: str, device: torch.device) -> nn.Module:
     """The network on `device` in fp32, ready to be given weights."""
     with device:
-        return dataclasses.replace(config, kernels=kernels.default).build()
+        return config.build(Implementations(kernels, attention))
 
 
 def choose_attention(config: Transformer, batch: int, device: torch.device) -> tuple[str, dict[str, float]]:
-    """The fastest attention backend for this model at this batch, and the seconds that each one took."""
-    return "auto", {}
+    """The fastest attention for this model at this batch, which every arm then has, and the seconds that each one took."""
+    tokens = config.grid**2 + getattr(config, "extra_tokens", 0)
+    return fastest(Shape(batch, config.heads, tokens, config.width // config.heads, torch.bfloat16), device)

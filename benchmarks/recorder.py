@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stage import write_json
+from benchmarks.whole_file import write_json
 
 WRITE_EVERY = 2.0
 """Seconds between writes: a test that takes milliseconds should not wait for the disk."""

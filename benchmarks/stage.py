@@ -4,8 +4,6 @@ A case that fails leaves its error in the file and the next one runs; what no lo
 stage that is cut off, by its own limit or from outside, has lost at most the case under way.
 """
 
-import json
-import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.whole_file import write_json
 
 NO_DEVICE = "no CUDA device"
 NO_TIME = "the stage's time was up"
@@ -94,14 +94,6 @@ def _lost_device(error: Exception) -> str | None:
     faults = ("illegal memory access", "device-side assert", "misaligned address", "unspecified launch failure", "illegal instruction")
     fault = next((fault for fault in faults if fault in str(error)), None)
     return f"the device was lost to an earlier error ({fault})" if fault else None
-
-
-def write_json(path: Path, result: Figures) -> None:
-    """The result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
 
 
 def summary(case: Figures) -> str:
