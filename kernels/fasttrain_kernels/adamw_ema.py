@@ -26,6 +26,7 @@ from torch import Tensor
 from fasttrain_kernels.adamw_ema_kernels import GRADIENT, MOST_AVERAGES, Row, update_list, update_one
 from fasttrain_kernels.arguments import require_float, require_same_device
 from fasttrain_kernels.dispatch import choose
+from fasttrain_kernels.registration import operation
 
 
 def adamw_ema_reference(
@@ -65,7 +66,7 @@ def adamw_ema_reference(
                 t.copy_(torch.where(found_inf != 0, old, t))
 
 
-@torch.library.custom_op("fasttrain::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "emas", "weights"))
+@operation("adamw_ema", fake=lambda *_: None, mutates=("params", "exp_avgs", "exp_avg_sqs", "emas", "weights"))
 def _adamw_ema_op(
     params: list[Tensor],
     grads: list[Tensor],
@@ -97,11 +98,6 @@ def _adamw_ema_op(
         for place, (t, new) in enumerate(zip(row, updated, strict=True)):
             if t is not new and place != GRADIENT:
                 t.copy_(new)
-
-
-@_adamw_ema_op.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, emas, weights, clip, found_inf, numbers, shares) -> None:
-    return None
 
 
 def _numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, update: int) -> list[float]:

@@ -21,6 +21,7 @@ from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.noising import noising_reference
 from fasttrain_kernels.philox import Purpose, integers, normal, normals
+from fasttrain_kernels.registration import operation
 from fasttrain_kernels.uniform import uniform_reference
 
 MAX_PLANE = 2**30
@@ -108,7 +109,12 @@ def _latent_noising_kernel(
     tl.store(x_t + sample * size + start + lane, noisy, mask=inside)
 
 
-@torch.library.custom_op("fasttrain::latent_noising", mutates_args=())
+def _outputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (stored.shape[0], *stored.shape[3:])
+    return torch.empty(shape, dtype=dtype, device=stored.device), torch.empty(shape, dtype=torch.float32, device=stored.device)
+
+
+@operation("latent_noising", fake=lambda stored, *others: _outputs(stored, others[-1]))
 def _latent_noising_op(
     stored: Tensor,
     shift: Tensor,
@@ -130,26 +136,6 @@ def _latent_noising_op(
         with torch.cuda.device_of(stored):
             _latent_noising_kernel[batch * blocks,](*inputs, x_t, x0, size, plane, blocks, views, *purposes, _BLOCK, num_warps=4)
     return x_t, x0
-
-
-def _outputs(stored: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (stored.shape[0], *stored.shape[3:])
-    return torch.empty(shape, dtype=dtype, device=stored.device), torch.empty(shape, dtype=torch.float32, device=stored.device)
-
-
-@_latent_noising_op.register_fake
-def _(
-    stored: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    flip: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _outputs(stored, dtype)
 
 
 def latent_noising(

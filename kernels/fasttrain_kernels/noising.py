@@ -8,13 +8,17 @@ x0, x_t are [B, ...] of fp32, bf16 or fp16; alpha, sigma [B] fp32. Computed in f
 2 read, 2 written (eps never reaches memory). Only alpha is kept for the backward pass.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fasttrain_kernels.arguments import draw_key, require_constant, require_float, require_per_sample, require_same_device
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.philox import Purpose, normal, normals
+from fasttrain_kernels.registration import operation
 
 # 8 elements a thread at 4 warps: one 16-byte access of bf16. A latent of 4 x 32 x 32 gives 4 programs; 32 images fill 128 processors.
 # Not timed: the operation is a launch and little else.
@@ -55,12 +59,12 @@ def _noising_kernel(
     tl.store(x_t + sample * size + start + lane, value, mask=inside)
 
 
-@torch.library.custom_op("fasttrain::noising", mutates_args=())
+@operation("noising", fake=lambda x0, *others: torch.empty(x0.shape, dtype=others[-1], device=x0.device))
 def _noising_op(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     return _launch(x0, dtype, alpha, sigma, seed, position)
 
 
-@torch.library.custom_op("fasttrain::noising_backward", mutates_args=())
+@operation("noising_backward", fake=lambda dx_t, alpha, dtype: torch.empty(dx_t.shape, dtype=dtype, device=dx_t.device))
 def _noising_backward_op(dx_t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
     return _launch(dx_t, dtype, alpha)
 
@@ -79,28 +83,18 @@ def _launch(
     return x_t
 
 
-@_noising_op.register_fake
-def _(x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x0.shape, dtype=dtype, device=x0.device)
+class _Noising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x0: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(alpha)
+        ctx.dtype = x0.dtype
+        return _noising_op(x0, alpha, sigma, seed, position, dtype)
 
-
-@_noising_backward_op.register_fake
-def _(dx_t: Tensor, alpha: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(dx_t.shape, dtype=dtype, device=dx_t.device)
-
-
-def _save(ctx, inputs, output) -> None:
-    x0, alpha, *_ = inputs
-    ctx.save_for_backward(alpha)
-    ctx.dtype = x0.dtype
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (alpha,) = ctx.saved_tensors
-    return _noising_backward_op(grad, alpha, ctx.dtype), None, None, None, None, None
-
-
-_noising_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (alpha,) = ctx.saved_tensors
+        return _noising_backward_op(grad, alpha, ctx.dtype), *[None] * 5
 
 
 def noising(
@@ -141,4 +135,4 @@ def noising(
     if choose(impl, x0) == "reference":
         return noising_reference(x0, alpha, sigma, seed, position, dtype=dtype)
     alpha, sigma = (values.to(torch.float32).contiguous() for values in (alpha, sigma))
-    return _noising_op(x0, alpha, sigma, seed, position.contiguous(), dtype or x0.dtype)
+    return _Noising.apply(x0, alpha, sigma, seed, position.contiguous(), dtype or x0.dtype)

@@ -15,6 +15,7 @@ from fasttrain_kernels.arguments import draw_key
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.philox import Purpose, integers, philox
+from fasttrain_kernels.registration import operation
 
 GOLDEN_STEP = 0x9E3779B97F4A7C15 - 2**64
 """2^64 / golden ratio, odd: of all steps the one whose multiples modulo 2^64 spread most evenly. As the int64 of the same bits."""
@@ -58,7 +59,7 @@ def _uniform_kernel(
     tl.store(u + sample, value, mask=inside)
 
 
-@torch.library.custom_op("fasttrain::uniform", mutates_args=())
+@operation("uniform", fake=lambda seed, position, *_: torch.empty(position.shape, dtype=torch.float64, device=position.device))
 def _uniform_op(seed: Tensor, position: Tensor, purpose: int, stratified: bool) -> Tensor:
     u = torch.empty(position.shape, dtype=torch.float64, device=position.device)
     if u.numel() > 0:
@@ -66,11 +67,6 @@ def _uniform_op(seed: Tensor, position: Tensor, purpose: int, stratified: bool) 
         with torch.cuda.device_of(position):
             _uniform_kernel[grid](seed, position.contiguous(), u, u.numel(), purpose, stratified, _BLOCK, num_warps=4)
     return u
-
-
-@_uniform_op.register_fake
-def _(seed: Tensor, position: Tensor, purpose: int, stratified: bool) -> Tensor:
-    return torch.empty(position.shape, dtype=torch.float64, device=position.device)
 
 
 def uniform(seed: Tensor | int, position: Tensor, purpose: Purpose, *, stratified: bool = False, impl: str = "auto") -> Tensor:

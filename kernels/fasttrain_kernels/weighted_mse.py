@@ -11,13 +11,17 @@ The backward pass keeps its inputs only. All sums are made in two passes of fixe
 then one program over all of them, which also gathers the ranges.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fasttrain_kernels.arguments import draw_key, require_constant, require_float, require_per_sample, require_same_device
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.philox import Purpose, normal, normals
+from fasttrain_kernels.registration import operation
 
 # 8 elements a thread at 4 warps: one 16-byte access of bf16. A latent of 4 x 32 x 32 gives 4 programs; 32 images fill 128 processors.
 # The second pass is one program for a usual number of ranges: 64 samples of 16 blocks are 8 registers a thread. Not timed.
@@ -162,7 +166,12 @@ def _gradient_kernel(
     tl.store(dpred + sample * size + start + lane, factor * difference, mask=lane < size - start)
 
 
-@torch.library.custom_op("fasttrain::weighted_mse", mutates_args=())
+def _outputs(weight: Tensor, ranges: int) -> tuple[Tensor, Tensor, Tensor]:
+    by_range = torch.empty((ranges, 2), dtype=torch.float32, device=weight.device)
+    return torch.empty_like(weight), torch.empty_like(weight), by_range
+
+
+@operation("weighted_mse", fake=lambda pred, x0, x0_coef, eps_coef, weight, *others: _outputs(weight, others[-1]))
 def _weighted_mse_op(
     pred: Tensor,
     x0: Tensor,
@@ -189,27 +198,7 @@ def _weighted_mse_op(
     return loss, mse, by_range
 
 
-def _outputs(weight: Tensor, ranges: int) -> tuple[Tensor, Tensor, Tensor]:
-    by_range = torch.empty((ranges, 2), dtype=torch.float32, device=weight.device)
-    return torch.empty_like(weight), torch.empty_like(weight), by_range
-
-
-@_weighted_mse_op.register_fake
-def _(
-    pred: Tensor,
-    x0: Tensor,
-    x0_coef: Tensor,
-    eps_coef: Tensor,
-    weight: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    timestep_range: Tensor,
-    ranges: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(weight, ranges)
-
-
-@torch.library.custom_op("fasttrain::weighted_mse_backward", mutates_args=())
+@operation("weighted_mse_backward", fake=lambda dloss, pred, *_: torch.empty(pred.shape, dtype=pred.dtype, device=pred.device))
 def _weighted_mse_backward_op(
     dloss: Tensor, pred: Tensor, x0: Tensor, x0_coef: Tensor, eps_coef: Tensor, weight: Tensor, seed: Tensor, position: Tensor
 ) -> Tensor:
@@ -224,23 +213,32 @@ def _weighted_mse_backward_op(
     return dpred
 
 
-@_weighted_mse_backward_op.register_fake
-def _(dloss: Tensor, pred: Tensor, x0: Tensor, x0_coef: Tensor, eps_coef: Tensor, weight: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    return torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+class _WeightedMse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        x0: Tensor,
+        x0_coef: Tensor,
+        eps_coef: Tensor,
+        weight: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        timestep_range: Tensor,
+        ranges: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(pred, x0, x0_coef, eps_coef, weight, seed, position)
+        # Undefined gradients stay so: zeros made for the two outputs that have none would be two launches a step.
+        ctx.set_materialize_grads(False)
+        loss, mse, by_range = _weighted_mse_op(pred, x0, x0_coef, eps_coef, weight, seed, position, timestep_range, ranges)
+        ctx.mark_non_differentiable(mse, by_range)
+        return loss, mse, by_range
 
-
-def _save(ctx, inputs, output) -> None:
-    # Undefined gradients stay so: zeros made for the two outputs that have none would be two launches a step.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-
-
-def _backward(ctx, dloss: Tensor | None, _dmse: Tensor | None, _dby_range: Tensor | None) -> tuple[Tensor | None, ...]:
-    dpred = None if dloss is None else _weighted_mse_backward_op(dloss, *ctx.saved_tensors)
-    return dpred, *[None] * 8
-
-
-_weighted_mse_op.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, _dmse: None, _dby_range: None) -> tuple[Tensor | None, ...]:
+        dpred = None if dloss is None else _weighted_mse_backward_op(dloss, *ctx.saved_tensors)
+        return dpred, *[None] * 8
 
 
 def weighted_mse(
@@ -295,5 +293,4 @@ def weighted_mse(
         return weighted_mse_reference(*plain, timestep_range=timestep_range, ranges=ranges)
     x0_coef, eps_coef, weight = (v.to(torch.float32).contiguous() for v in values.values())
     draw = (seed, position.contiguous())
-    loss, mse, by_range = _weighted_mse_op(pred, x0, x0_coef, eps_coef, weight, *draw, timestep_range.contiguous(), ranges)
-    return loss, mse.detach(), by_range.detach()
+    return _WeightedMse.apply(pred, x0, x0_coef, eps_coef, weight, *draw, timestep_range.contiguous(), ranges)
