@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.calls import budget, errors
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "update": 3}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.9999), "eps": 1e-8, "weight_decay": 0.1, "update": 3}
 DECAYS = (0.9, 0.999, 0.1, 0.5)
 SIZES = ((33, 7), (0,), (40_000,), (1,), (1032,))
 """An odd one, an empty one, more than one program's share, one element, and a multiple of eight."""
@@ -91,9 +91,22 @@ def test_tensors_at_odd_addresses_are_updated_too(device: torch.device) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_wide_accesses_are_promised_only_where_every_address_allows_them(odd: bool) -> None:
+    from tests.kernels.interpreter import recording
+
+    lists, keywords = drawn(((65,), (30,)), 1, torch.bfloat16, None, CPU)
+    if odd:
+        lists[1][1] = torch.ones(31, dtype=torch.bfloat16)[1:]
+    with recording() as launches:
+        adamw_ema(*lists, **keywords, impl="triton")
+    (launch,) = launches
+    assert launch.bound()["ALIGNED"] is not odd
+
+
 def test_the_reference_is_torchs_adamw(device: torch.device) -> None:
     p, generator = torch.nn.Parameter(torch.linspace(-1, 1, 50)), torch.Generator().manual_seed(0)
-    theirs = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    theirs = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.9999), eps=1e-8, weight_decay=0.1)
     mine, m, v = p.detach().clone(), torch.zeros(50), torch.zeros(50)
     for update in (1, 2, 3):
         p.grad = torch.randn(50, generator=generator)
