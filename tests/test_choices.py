@@ -52,7 +52,7 @@ def test_what_is_asked_for_is_tried_first():
         UserError, match="attention: cudnn cannot run at 2 x 4 heads x 18 tokens x 8, float32 on cpu: RuntimeError: No viable"
     ):
         choose("cudnn", alone())
-    with pytest.raises(UserError, match="flash_attn_3 cannot run .* the module flash_attn_interface is not installed: install it from"):
+    with pytest.raises(UserError, match=r"flash_attn_3 cannot run .* the module flash_attn_interface is not installed: install it from"):
         choose("flash_attn_3", alone())
 
 

@@ -1,4 +1,4 @@
-"""The parts together: blocks compiled through the engine under every ZeRO stage, at batch 1, with recomputation; CUDA graphs; determinism."""
+"""The parts together: blocks compiled under every ZeRO stage, at batch 1 and with recomputation; CUDA graphs; determinism."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

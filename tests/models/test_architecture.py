@@ -7,6 +7,7 @@ import torch
 
 from fasttrain.errors import UserError
 from fasttrain.models import MODELS
+from fasttrain.models.memory import count_parameters
 
 KNOWN = {"input_size": 8, "channels": 3, "num_classes": 10}
 
@@ -74,3 +75,29 @@ def test_every_preset_in_miniature_trains(name):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("spec", [{"name": "vit", "num_timesteps": 1000}, {"name": "dit"}], ids=lambda spec: spec["name"])
+def test_rotation_alone_tells_attention_where_a_patch_is(spec, rotary):
+    """Without positions added to them, patches in another order give the same predictions in that order, unless they are turned."""
+    torch.manual_seed(0)
+    model = MODELS.build({**spec, **KNOWN, "depth": 2, "width": 32, "heads": 2, "patch": 4, "qk_norm": True, "rotary": rotary}).build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.3) if name != "pos_embed" else parameter.zero_()
+    x, (t, labels) = torch.randn(1, 3, 8, 8), torch.tensor([[3], [4]])
+    swapped = torch.cat([x[..., 4:, :], x[..., :4, :]], dim=2)  # the two rows of patches
+    out, other = model(x, t, labels), model(swapped, t, labels)
+    same = torch.allclose(torch.cat([other[..., 4:, :], other[..., :4, :]], dim=2), out, rtol=1e-4, atol=1e-4)
+    # Rotation is relative: two rows swapped are one row up instead of one row down.
+    assert same is not rotary
+
+
+@pytest.mark.parametrize("name", ["vit-tiny", "dit-tiny"])
+def test_qk_norm_adds_two_weights_a_block_and_rotation_none(name):
+    plain, normed, turned = (
+        count_parameters(MODELS.build({"name": name, **KNOWN, **extra}))
+        for extra in ({}, {"qk_norm": True}, {"qk_norm": True, "rotary": True})
+    )
+    assert normed == turned and normed.trained - plain.trained == normed.total - plain.total == 4 * 2 * 32
