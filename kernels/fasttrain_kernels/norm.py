@@ -14,7 +14,9 @@ adding first and normalising afterwards gives the same numbers. Kept for the bac
 branch if there is a gate.
 
 The rows' gradients are summed in two passes of fixed order, without atomics: each program owns some tokens of one group and writes fp32
-sums over them, [splits, groups, 2 or 3, D]; a second kernel adds the splits up (partial_sums.py).
+sums over them, [splits, groups, 2 or 3, D]; a second kernel adds the splits up (partial_sums.py). They are extra bytes: with a gate, at
+T = 256, D = 1152 on 132 processors, 7.1 MB written and read again, 12.5 % of the backward pass at 32 images, 3.1 % at 128; for AdaLN
+alone 21 % and 5 %, for the affine norm 15 % and 4 %.
 """
 
 from typing import Any
