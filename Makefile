@@ -13,7 +13,7 @@ OUT ?= build/gpu
 DEMO := demo
 SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1000 --steps 12 --guidance 1.5
 
-.PHONY: help demo test lint bench parity gpu gpu-test gpu-kernels gpu-step gpu-full
+.PHONY: help demo test lint bench static parity report gpu gpu-test gpu-kernels gpu-step gpu-full
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,13 @@ bench: $(INSTALLED)  ## the loader beside webdataset's own pipeline, and the sma
 
 parity: $(INSTALLED)  ## 50 steps on digits with every kernel on (interpreted without a GPU) and off
 	$(BENCHMARKS) benchmarks.parity
+
+static: $(INSTALLED)  ## what is known of every kernel without running it on a GPU: machine code, bytes, errors; many minutes
+	$(BENCHMARKS) benchmarks.static_report
+	$(BENCHMARKS) benchmarks.error_report
+
+report: $(INSTALLED)  ## the README's tables and pictures from the committed results
+	$(BENCHMARKS) benchmarks.report
 
 gpu: $(INSTALLED)  ## ten minutes on a GPU: the most telling of the step, the kernels and the tests; JSON under OUT
 	$(BENCHMARKS) benchmarks.gpu digest --out $(OUT)
