@@ -41,6 +41,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {**found, **_gpu(device)} if device.type == "cuda" else found
 
 
+def timed_device(name: str, smoke: bool) -> torch.device:
+    """The device to take times on. Ends the program where that makes no sense: without a GPU only a smoke run does."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: times are taken on a GPU; `--device cpu --smoke` only tries that everything runs")
+    if device.type != "cuda" and not smoke:
+        raise SystemExit(f"times on {name} would say nothing of the kernels: use a GPU, or add --smoke to try that everything runs")
+    return device
+
+
 def results_folder(device: torch.device) -> Path:
     """benchmarks/results/<device>: "nvidia-h200", "nvidia-h100", ... or "cpu"."""
     return RESULTS / device_name(device)

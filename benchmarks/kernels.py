@@ -22,7 +22,7 @@ from fasttrain_kernels.dispatch import here
 
 from benchmarks import optimizer_pass
 from benchmarks.arms import Arm, Region, absent, arms, fault
-from benchmarks.environment import environment, results_folder
+from benchmarks.environment import environment, results_folder, timed_device
 from benchmarks.limits import copy_bandwidth, several_caches
 from benchmarks.plots import kernel_bars
 from benchmarks.stage import Stage
@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=520.0, help="the stage's limit")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>, or build/smoke")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = timed_device(args.device, args.smoke)
     rounds, repeats = (2, 2) if args.smoke else (5, 10)
     effort = Effort(rounds, repeats, args.digest, args.smoke, tuple(args.operations))
     stage = run(device, effort, args.out or (Path("build/smoke") if args.smoke else results_folder(device)), args.seconds)

@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks import agreement, deepspeed_step
 from benchmarks.categories import host_waits, profiled
-from benchmarks.environment import environment, results_folder
+from benchmarks.environment import environment, results_folder, timed_device
 from benchmarks.limits import copy_bandwidth, matmul_rate, training_shapes
 from benchmarks.networks import REFERENCE, build_network, choose_attention, config_of, wake
 from benchmarks.plots import step_bars
@@ -253,7 +253,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=520.0, help="the stage's limit")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>, or build/smoke")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = timed_device(args.device, args.smoke)
     effort = Effort(rounds=5, steps=10 if args.digest else 20, arms=DIGEST_ARMS if args.digest else tuple(ARMS))
     models = args.models or ["dit-xl/2", "vit-xl/2", "vit-b/2"][: 2 if args.digest else 3]
     if args.smoke:

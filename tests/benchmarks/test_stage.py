@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.environment import environment, short_name
+from benchmarks.environment import environment, short_name, timed_device
 from benchmarks.stage import NO_TIME, Stage
 
 
@@ -72,3 +72,10 @@ def test_the_environment_is_plain_and_names_what_matters() -> None:
 )
 def test_a_devices_folder(full: str, short: str) -> None:
     assert short_name(full) == short
+
+
+@pytest.mark.parametrize("name", ["cpu", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_no_times_are_taken_without_a_gpu(name: str) -> None:
+    with pytest.raises(SystemExit, match="--smoke"):
+        timed_device(name, smoke=False)
+    assert timed_device("cpu", smoke=True).type == "cpu"
