@@ -16,11 +16,8 @@ from fasttrain_kernels.language import jit, tl, triton
 
 @jit
 def _row(rows, stride, column, inside):
-    """[BLOCK] fp32: the row of this program's group, None where there are none."""
-    if rows is None:
-        return None
-    else:
-        return tl.load(rows + tl.program_id(0).to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
+    """[BLOCK] fp32: the row of this program's group."""
+    return tl.load(rows + tl.program_id(0).to(tl.int64) * stride + column, mask=inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -90,8 +87,14 @@ def norm_forward_kernel(
     if ONE_PLUS:
         gain_head += 1.0
         gain_rest += 1.0
-    gate_head, gate_rest = _row(gate, gate_stride, head, in_head), _row(gate, gate_stride, rest, in_rest)
-    shift_head, shift_rest = _row(shift, shift_stride, head, in_head), _row(shift, shift_stride, rest, in_rest)
+    gate_head = None
+    gate_rest = None
+    if gate is not None:
+        gate_head, gate_rest = _row(gate, gate_stride, head, in_head), _row(gate, gate_stride, rest, in_rest)
+    shift_head = None
+    shift_rest = None
+    if shift is not None:
+        shift_head, shift_rest = _row(shift, shift_stride, head, in_head), _row(shift, shift_stride, rest, in_rest)
     first = tl.program_id(1) * share
     for token in tl.range(first, tl.minimum(first + share, tokens), num_stages=STAGES):
         row = tl.program_id(0).to(tl.int64) * tokens + token
@@ -119,16 +122,19 @@ def _normed(x_new, start, column, inside, centre, spread):
 
 
 @jit
-def _store_gradients(dx_new, branch, gate_row, dx, dbranch, start, column, inside, total):
-    """Writes dx and dbranch; [BLOCK] fp32: what the token adds to dgate, None without a gate."""
+def _store_dx(dx_new, dx, start, column, inside, total):
+    """[BLOCK] fp32: the gradient of x, not yet rounded."""
     if dx_new is not None:
         total += _fetch(dx_new, start, column, inside)
     tl.store(dx + start + column, total, mask=inside)
-    if gate_row is None:
-        return None
-    else:
-        tl.store(dbranch + start + column, total * gate_row, mask=inside)
-        return total * _fetch(branch, start, column, inside)
+    return total
+
+
+@jit
+def _store_dbranch(branch, gate_row, dbranch, start, column, inside, total):
+    """[BLOCK] fp32: what the token adds to dgate."""
+    tl.store(dbranch + start + column, total * gate_row, mask=inside)
+    return total * _fetch(branch, start, column, inside)
 
 
 @jit
@@ -163,7 +169,8 @@ def norm_backward_kernel(
     if ONE_PLUS:
         gain_head += 1.0
         gain_rest += 1.0
-    gate_head, gate_rest = _row(gate, gate_stride, head, in_head), _row(gate, gate_stride, rest, in_rest)
+    if gate is not None:
+        gate_head, gate_rest = _row(gate, gate_stride, head, in_head), _row(gate, gate_stride, rest, in_rest)
     dgain_head, dgain_rest = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL], tl.float32)
     dshift_head, dshift_rest = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL], tl.float32)
     dgate_head, dgate_rest = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL], tl.float32)
@@ -194,11 +201,11 @@ def norm_backward_kernel(
             along = _total(grad_head * normed_head, grad_rest * normed_rest) / WIDTH
             total_head = (grad_head - normed_head * along) * spread
             total_rest = (grad_rest - normed_rest * along) * spread
-        for_gate_head = _store_gradients(dx_new, branch, gate_head, dx, dbranch, start, head, in_head, total_head)
-        for_gate_rest = _store_gradients(dx_new, branch, gate_rest, dx, dbranch, start, rest, in_rest, total_rest)
+        total_head = _store_dx(dx_new, dx, start, head, in_head, total_head)
+        total_rest = _store_dx(dx_new, dx, start, rest, in_rest, total_rest)
         if gate is not None:
-            dgate_head += for_gate_head
-            dgate_rest += for_gate_rest
+            dgate_head += _store_dbranch(branch, gate_head, dbranch, start, head, in_head, total_head)
+            dgate_rest += _store_dbranch(branch, gate_rest, dbranch, start, rest, in_rest, total_rest)
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     mine = sums + program * (PARTS * WIDTH)
     tl.store(mine + head, dgain_head, mask=in_head)
