@@ -32,6 +32,7 @@ def test_every_target_is_linear_in_x0_and_eps(target: str, impl: str, device: to
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_only_the_loss_is_differentiable(impl: str, device: torch.device) -> None:
     inputs = weighted_mse_inputs((2, 3, 4), torch.bfloat16, device)
+    inputs["pred"].requires_grad_()
     loss, mse, by_range = weighted_mse(**inputs, ranges=5, impl=impl)
     assert loss.requires_grad and not mse.requires_grad and not by_range.requires_grad
     assert loss.dtype == mse.dtype == by_range.dtype == torch.float32
