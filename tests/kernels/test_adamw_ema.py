@@ -91,6 +91,16 @@ def test_tensors_at_odd_addresses_are_updated_too(device: torch.device) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_one_minus_a_decay_near_one_keeps_its_digits(device: torch.device) -> None:
+    (params, grads, moments, squares, emas), keywords = drawn(((64,),), 1, torch.float32, None, device)
+    for t in (moments[0], squares[0], emas[0][0]):
+        t.zero_()
+    adamw_ema(params, grads, moments, squares, emas, **{**keywords, "decays": (1 - 1e-6,)}, impl="triton")
+    for ours, exact in ((squares[0], (1 - 0.9999) * grads[0].double() ** 2), (emas[0][0], 1e-6 * params[0].double())):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("odd", [False, True])
 def test_wide_accesses_are_promised_only_where_every_address_allows_them(odd: bool) -> None:
     from tests.kernels.interpreter import recording
