@@ -93,6 +93,7 @@ def test_tensors_at_odd_addresses_are_updated_too(device: torch.device) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_one_minus_a_decay_near_one_keeps_its_digits(device: torch.device) -> None:
+    # Numbers of a launch are double in the interpreter and fp32 on a GPU: only there would a 1 - b2 taken in the kernel be seen.
     (params, grads, moments, squares, emas), keywords = drawn(((64,),), 1, torch.float32, None, device)
     for t in (moments[0], squares[0], emas[0][0]):
         t.zero_()
