@@ -168,7 +168,7 @@ def _apex() -> Iterable[Finding]:
     """NVIDIA's apex holds `apex/optimizers` and, when its CUDA part was built, the module `amp_C`; the `apex` on PyPI has neither."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        yield Finding("apex", "not installed; nothing needs it")
+        yield Finding("apex", "not installed; only optimizer.implementation=apex needs it")
         return
     if not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
         yield Finding(
@@ -178,10 +178,12 @@ def _apex() -> Iterable[Finding]:
         )
     elif importlib.util.find_spec("amp_C") is None:
         yield Finding(
-            "apex", "NVIDIA's, without its CUDA extensions", "build it with --cpp_ext --cuda_ext, or uninstall it: nothing needs it"
+            "apex",
+            "NVIDIA's, without its CUDA extensions",
+            "build it with --cpp_ext --cuda_ext; only optimizer.implementation=apex needs it",
         )
     else:
-        yield Finding("apex", "NVIDIA's, with CUDA extensions; nothing needs it")
+        yield Finding("apex", "NVIDIA's, with CUDA extensions: optimizer.implementation=apex can use it")
 
 
 def _attention() -> Iterable[Finding]:
