@@ -191,18 +191,15 @@ def norm_backward_kernel(
         dshift_rest += grad_rest
         grad_head *= gain_head
         grad_rest *= gain_rest
+        along = _total(grad_head * normed_head, grad_rest * normed_rest) / WIDTH
+        total_head = grad_head - normed_head * along
+        total_rest = grad_rest - normed_rest * along
         if mean is not None:
-            # Both means in one pass over the threads.
-            pair_head, pair_rest = tl.join(grad_head * normed_head, grad_head), tl.join(grad_rest * normed_rest, grad_rest)
-            along, level = tl.split(_total(pair_head, pair_rest) / WIDTH)
-            total_head = (grad_head - normed_head * along - level) * spread
-            total_rest = (grad_rest - normed_rest * along - level) * spread
-        else:
-            along = _total(grad_head * normed_head, grad_rest * normed_rest) / WIDTH
-            total_head = (grad_head - normed_head * along) * spread
-            total_rest = (grad_rest - normed_rest * along) * spread
-        total_head = _store_dx(dx_new, dx, start, head, in_head, total_head)
-        total_rest = _store_dx(dx_new, dx, start, rest, in_rest, total_rest)
+            level = _total(grad_head, grad_rest) / WIDTH
+            total_head -= level
+            total_rest -= level
+        total_head = _store_dx(dx_new, dx, start, head, in_head, total_head * spread)
+        total_rest = _store_dx(dx_new, dx, start, rest, in_rest, total_rest * spread)
         if gate is not None:
             dgate_head += _store_dbranch(branch, gate_head, dbranch, start, head, in_head, total_head)
             dgate_rest += _store_dbranch(branch, gate_rest, dbranch, start, rest, in_rest, total_rest)
@@ -239,10 +236,10 @@ class Tiles:
 # From machine code for sm_90, bf16, D = 768, 1024, 1152 and 1536; nothing was timed. A processor of an H200 needs about 30 KB on their
 # way to fill the memory's bandwidth. Three stages are two tokens of each program: at least 32 KB forward (half of its bytes are writes),
 # 40 KB backward. Four instructions a cycle at 1.755 GHz beside 4.3 TB/s: the loop takes at most 56 % of what can be issued (adaln,
-# D = 1152; backward 54 %). One block of 2048 takes 95 % (91 %) with four warps; with two 64 % (70 %), and 237 registers instead of 168.
+# D = 1152, both ways). One block of 2048 takes 95 % (91 %) with four warps; with two 64 % (70 %), and 237 registers instead of 168.
 FORWARD = Tiles(warps=16, stages=3)  # 95 to 128 registers
-BACKWARD = Tiles(warps=10, stages=3)  # 146 to 200
-GATED_BACKWARD = Tiles(warps=8, stages=3)  # 190 to 245, for gain, gate and three sums; fewer programs also write fewer sums
+BACKWARD = Tiles(warps=10, stages=3)  # 148 to 200
+GATED_BACKWARD = Tiles(warps=8, stages=3)  # 192 to 250, for gain, gate and three sums; fewer programs also write fewer sums
 
 
 def settings(
