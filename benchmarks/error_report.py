@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, results_folder
-from benchmarks.stage import write_json
+from benchmarks.whole_file import write_json
 from tests.kernels.calls import budget, errors, in_float64, results
 from tests.kernels.interpreter import interpreting
 

@@ -24,7 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks.environment import environment, results_folder
-from benchmarks.stage import write_json
+from benchmarks.whole_file import write_json
 
 DRAWS = 10_000_000
 PAIRS = 1_000_000

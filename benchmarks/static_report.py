@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import commit, environment, results_folder
-from benchmarks.stage import write_json
+from benchmarks.whole_file import write_json
 from tests.kernels.ahead_of_time import ARCHITECTURES, Compiled, compile_launch
 from tests.kernels.interpreter import Launch, run_program
 from tests.kernels.passes import CPU, Passes, counted, recorded, tensors_of, worth_counting

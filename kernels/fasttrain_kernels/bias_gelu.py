@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from fasttrain_kernels.arguments import require_float, require_same_device
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
-from fasttrain_kernels.norm import processors
 from fasttrain_kernels.partial_sums import sum_rows
+from fasttrain_kernels.processors import processors
 from fasttrain_kernels.registration import operation
 
 APPROXIMATIONS = ("none", "tanh")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from fasttrain_kernels.norm_kernels import BACKWARD, FORWARD, GATED_BACKWARD, Tiles, norm_backward_kernel, norm_forward_kernel, settings
 from fasttrain_kernels.partial_sums import sum_rows
+from fasttrain_kernels.processors import processors
 from fasttrain_kernels.registration import operation
 
 NORMS = ("layer", "rms")
@@ -41,11 +42,6 @@ def normalised(x: Tensor, norm: str, eps: float, weight: Tensor | None = None, b
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = F.rms_norm(x, x.shape[-1:], weight, eps)
     return y if bias is None else y + bias
-
-
-def processors(device: torch.device) -> int:
-    """How many of them the device has; one where kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _cut(x: Tensor, gain: Tensor, tiles: Tiles) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:

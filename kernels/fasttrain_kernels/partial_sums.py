@@ -30,7 +30,7 @@ def _sum_rows_kernel(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside[None, :]
-        sums += tl.load(parts + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        sums += tl.load(parts + row[:, None].to(tl.int64) * columns + column[None, :], mask=mask, other=0.0)
     tl.store(total + column, tl.sum(sums, axis=0), mask=inside)
 
 
