@@ -1,9 +1,10 @@
 """The README's tables of what is shown without a GPU: machine code read, errors in Triton's interpreter, the noise's statistics."""
 
-import importlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from fasttrain_kernels.cases import CASES
 
 from benchmarks.tables import read, table
 
@@ -55,10 +56,43 @@ def _deviation(figure: dict[str, Any], name: str) -> list[str]:
 
 
 def static(results: Path) -> str:
-    """Registers, spills, access widths and bytes of every kernel, as its own report lays them out."""
+    """Of each operation's first setting at width 1152, or what goes with it, on sm_90: what its main kernel is in machine code."""
     result = read(results / "cpu" / "static.json")
     if result is None:
         return NOT_RUN
-    # Imported here: it needs Triton's compiler, the README's other tables need only their JSON.
-    rows = importlib.import_module("benchmarks.static_report").rows(result)
-    return "\n".join(table([str(key) for key in rows[0]], [[str(value) for value in row.values()] for row in rows]))
+    settings = {
+        name: ({key: str(value) for key, value in case.options[0].items()}, list(case.real[min(2, len(case.real) - 1)]))
+        for name, case in CASES.items()
+    }
+    shown = [one for one in result["passes"] if settings[one["operation"]] == (one["options"], one["sample"])]
+    low, high = map(str, result["settings"]["batches"])
+    head = [
+        "operation",
+        "pass",
+        "registers",
+        "spills",
+        "16-byte accesses, and others",
+        "bytes an element",
+        "least",
+        f"sums at {low} / {high}",
+    ]
+    return "\n".join(table(head, [_static(one, low, high) for one in shown]))
+
+
+def _static(one: dict[str, Any], low: str, high: str) -> list[str]:
+    code, size = one["kernels"][0]["machine_code"], one["bytes_per_element"]
+    wide = sum(count for name, count in code["sm_90"]["accesses"].items() if name.endswith(".128"))
+    others = sum(code["sm_90"]["accesses"].values()) - wide
+    # Spills of all targets and of the pass's second kernel too: there must be none anywhere.
+    spilled = sum(made["spilled_bytes"] for each in one["kernels"] for made in each["machine_code"].values())
+    sums = [one["at_batch"][batch]["partial_sums"] for batch in (low, high)]
+    return [
+        f"`{one['operation']}`",
+        one["direction"] if CASES[one["operation"]].differentiable else "",
+        str(code["sm_90"]["registers"]),
+        str(spilled),
+        f"{wide}, {others}",
+        f"{size['in_bulk']:.4g}",
+        f"{size['minimum']:.4g}",
+        f"{sums[0]:.2f} / {sums[1]:.2f}" if any(sums) else "",
+    ]
