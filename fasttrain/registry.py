@@ -81,5 +81,6 @@ class Registry:
         try:
             return TypeAdapter(cls).validate_python(params)
         except ValidationError as error:
-            told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            # A check of the whole component has no key of its own: its message names the keys.
+            told = "; ".join(": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors())
             raise ValueError(f"{self.kind} {name!r}: {told}") from None

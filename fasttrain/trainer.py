@@ -152,12 +152,13 @@ class Trainer:
         config, device = self.config, self.processes.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
         summed = accumulates_in_bf16(config.zero_stage, config.training.precision, self.accumulation_steps)
+        compiled = "; each block compiled" if config.training.compile else ""
         same = "; deterministic: the same bits each time on the same device" if config.training.deterministic else ""
         rounding = f"; gradients of {self.accumulation_steps} micro-batches summed in bf16 (in fp32 from ZeRO 2 on)" if summed else ""
         return (
             f"{self.processes.world_size} x {name}, {config.training.precision}, ZeRO {config.zero_stage}; "
             f"kernels: {describe_kernels(config.kernels)}; attention: {self._attention}; "
-            f"optimizer: {self.optimizer.update.describe()}{rounding}{same}"
+            f"optimizer: {self.optimizer.update.describe()}{rounding}{compiled}{same}"
         )
 
     def _after_step(self, reporter: Reporter, watch: Stopwatch, stopped: bool) -> None:
