@@ -25,7 +25,7 @@ from benchmarks.arms import Arm, Region, absent, arms, fault
 from benchmarks.environment import environment, results_folder, timed_device
 from benchmarks.limits import copy_bandwidth, several_caches
 from benchmarks.plots import kernel_bars
-from benchmarks.stage import Stage
+from benchmarks.stage import Stage, described, lost_device
 from benchmarks.timing import Clock, flat, graph_series, host_seconds, interleaved, ratio, spread
 
 TOKENS = (256, 258, 1024)
@@ -124,6 +124,8 @@ def measure(point: Point, effort: Effort, clock: Clock, ceilings: dict[str, Any]
     if case.differentiable:
         directions["backward"] = {name: (region.backward, region.forward) for name, region in regions.items()}
     figures: dict[str, Any] = {"arms": {name: {} for name in regions}, "refused": refused, "absent": absent(point.operation)}
+    for region in regions.values():
+        region.both()
     for number, (direction, runs) in enumerate(directions.items()):
         series = interleaved(clock, runs, effort.rounds, effort.repeats)
         bytes_moved = case.minimum[number] * elements
@@ -133,9 +135,19 @@ def measure(point: Point, effort: Effort, clock: Clock, ceilings: dict[str, Any]
             figures[f"{direction}_compile_over_ours"] = ratio(series["compile"], series["ours"])
     for name, region in regions.items():
         figures["arms"][name]["host_seconds"] = host_seconds(region.forward, device)
-        if point.batch == SMALL_BATCH and name in ("compile", "ours") and (replays := graph_series(region.both, clock, effort.repeats)):
-            figures["arms"][name]["graph"] = {"seconds": spread(replays)}
+        if point.batch == SMALL_BATCH and name in ("compile", "ours") and device.type == "cuda":
+            figures["arms"][name]["graph"] = _replayed(region, clock, effort.repeats)
     return figures
+
+
+def _replayed(region: Region, clock: Clock, repeats: int) -> dict[str, Any]:
+    """Times of forward and backward as one CUDA graph; or why it cannot be one, which takes no other figure away."""
+    try:
+        return {"seconds": spread(graph_series(region.both, clock, repeats))}
+    except Exception as error:
+        if lost_device(error):
+            raise
+        return {"error": described(error)}
 
 
 def _able(point: Point, case: Case, inputs: Inputs, effort: Effort, device: torch.device) -> tuple[list[Arm], dict[str, str]]:
@@ -146,9 +158,9 @@ def _able(point: Point, case: Case, inputs: Inputs, effort: Effort, device: torc
         try:
             wrong = fault(arm, plain, case, inputs, point.options)
         except Exception as error:
-            if "CUDA error" in str(error):
+            if lost_device(error):
                 raise
-            wrong = f"{type(error).__name__}: {error}"[:500]
+            wrong = described(error)[:1000]
         if wrong is None:
             able.append(arm)
         else:

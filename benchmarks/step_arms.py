@@ -11,6 +11,7 @@ from fasttrain_kernels.dispatch import Kernels
 from torch import Tensor
 
 from benchmarks import updates
+from benchmarks.capture import captured
 from benchmarks.networks import REFERENCE, batch_of, build_network, our_objective, plain_objective
 from benchmarks.updates import TrainingState, Update
 from fasttrain.models import Transformer
@@ -94,50 +95,37 @@ class StepArm:
 
     def begin(self) -> None:
         """Takes its turn: captures the graph, if it has one, in memory that is given back at the end of the turn."""
-        self._forget_gradients()
         if self.spec.graphed:
-            self._capture()
+            self._graph, self._grads = captured(self._gradients, self.device)
 
     def step(self) -> None:
         """One training step."""
         if self._graph is None:
-            self._forget_gradients()
-            self._forward_backward()
-            self._grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+            self._grads = []  # their memory is the next ones'
+            self._grads = self._gradients()
         else:
             self._graph.replay()
         self.spec.update(self.state, self._grads)
 
     def end(self) -> None:
         """Ends its turn and gives its memory back."""
-        self._forget_gradients()
+        self._grads = []
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
         free_memory(self.device)
 
-    def _forward_backward(self) -> None:
+    def _gradients(self) -> list[Tensor]:
+        """Loss and backward pass of the next batch. No parameter keeps its gradient: a graph's memory must go when its arm ends."""
+        self._forget_gradients()
         x0, labels, position = self._batch
         position.add_(x0.shape[0])
         self._loss(self.model, x0, labels, position).backward()
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._forget_gradients()
-                self._forward_backward()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         self._forget_gradients()
-        free_memory(self.device)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._forward_backward()
-        self._grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
+        return gradients
 
     def _forget_gradients(self) -> None:
-        self._grads = []
         for parameter in self._parameters:
             parameter.grad = None
 

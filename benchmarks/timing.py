@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.capture import captured
+
 Run = Callable[[], Any]
 
 FLUSH_FACTOR = 4
@@ -86,19 +88,15 @@ def host_seconds(run: Run, device: torch.device, repeats: int = 20) -> float:
     return statistics.median(taken)
 
 
-def graph_series(run: Run, clock: Clock, repeats: int) -> list[float] | None:
-    """Seconds of each replay of `run` captured as a CUDA graph, which costs one launch; None on a CPU."""
+def graph_series(run: Run, clock: Clock, repeats: int) -> list[float]:
+    """Seconds of each replay of `run` captured as a CUDA graph, which costs one launch.
+
+    Raises:
+        ValueError: the clock's device is not a CUDA device.
+    """
     if clock.device.type != "cuda":
-        return None
-    side = torch.cuda.Stream(clock.device)
-    side.wait_stream(torch.cuda.current_stream(clock.device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(clock.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
+        raise ValueError(f"CUDA graphs need a CUDA device, not {clock.device}")
+    graph, kept = captured(run, clock.device)
     series = clock.series(graph.replay, repeats)
     del kept
     graph.reset()

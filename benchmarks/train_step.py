@@ -10,7 +10,10 @@ host, each kernel off in turn, and the same step through DeepSpeed where that is
 """
 
 import argparse
+import functools
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from benchmarks.environment import environment, results_folder, timed_device
 from benchmarks.limits import copy_bandwidth, matmul_rate, training_shapes
 from benchmarks.networks import REFERENCE, build_network, choose_attention, config_of, wake
 from benchmarks.plots import step_bars
-from benchmarks.stage import NO_TIME, Stage
+from benchmarks.stage import NO_TIME, Stage, described, lost_device
 from benchmarks.step_arms import ARMS, Spec, StepArm, free_memory, timed_steps
 from benchmarks.timing import flat, ratio, spread, synchronize
 from benchmarks.updates import TrainingState
@@ -84,27 +87,27 @@ class Race:
         probe = agreement.Probe.of(self.config, self.batch, self.device)
         truth = agreement.found(self.truth_network, self.state.parameters(autocast=True), probe, chunk=agreement.CHUNK)
         plain = self._found(self._built(ARMS["tuned eager"]), probe)
-        able = {}
+        able, longest = {}, 0.0
         for spec in specs:
-            if self.remaining() < RESERVE:
+            if self.remaining() < max(RESERVE, longest):
                 self.refused[spec.name] = NO_TIME
                 continue
+            begin = time.monotonic()
             try:
                 arm = self._built(spec)
                 wrong = agreement.fault(self._found(arm, probe), plain, truth, self.state.trained)
             except Exception as error:
-                if "CUDA error" in str(error):
-                    raise
-                wrong = f"{type(error).__name__}: {error}"[:500]
+                wrong = self._why(error)
                 free_memory(self.device)
+            longest = max(longest, time.monotonic() - begin)
             if wrong:
                 self.refused[spec.name] = wrong
             else:
                 able[spec.name] = arm
         return able
 
-    def run(self, specs: tuple[Spec, ...]) -> dict[str, Any]:
-        """Every arm's steps, in turns, and what they come to."""
+    def run(self, specs: tuple[Spec, ...], so_far: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Every arm's steps, in turns, and what they come to; the same of the rounds so far is handed to `so_far` after each."""
         arms = self.arms(specs)
         series: dict[str, list[list[float]]] = {name: [] for name in arms}
         peaks: dict[str, int] = {}
@@ -117,20 +120,33 @@ class Race:
                 try:
                     taken, peaks[name] = self._turn(arm)
                     series[name].append(taken)
-                except torch.OutOfMemoryError as error:
-                    self.refused[name] = f"OutOfMemoryError: {error}"[:300]
+                except Exception as error:
+                    self.refused[name] = self._why(error)
                     del arms[name], series[name]
                     arm.end()
             longest = max(longest, left - self.remaining())
-        figures: dict[str, Any] = {"attention": self.attention, "attention_seconds": self.attention_seconds}
-        figures |= {
+            if so_far:
+                so_far(self._results(series, peaks))
+        return self._results(series, peaks)
+
+    @staticmethod
+    def _why(error: Exception) -> str:
+        """What to tell of an arm that failed; raises the error again where no arm can run any more."""
+        if lost_device(error):
+            raise error
+        return described(error)[:1000]
+
+    def _results(self, series: dict[str, list[list[float]]], peaks: dict[str, int]) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            "attention": self.attention,
+            "attention_seconds": self.attention_seconds,
             "parameters": self.state.parameter_count(),
             "rounds": max(map(len, series.values()), default=0),
             "flops_per_image": self.config.flops_per_image(),
             "refused": self.refused,
         }
         figures["arms"] = {name: {**self._figures(rounds), "peak_bytes": peaks[name]} for name, rounds in series.items() if rounds}
-        return {**figures, **_ratios(series)}
+        return {**figures, **_ratios({name: rounds for name, rounds in series.items() if rounds})}
 
     def _built(self, spec: Spec) -> StepArm:
         effort = self.effort
@@ -184,23 +200,38 @@ def _ratios(series: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 
 def run(stage: Stage, models: list[str], effort: Effort, device: torch.device, full: bool, digest: bool, batch: int | None) -> None:
-    """Every part of every model, the most telling first."""
-    for preset in models:
-        first = batch or BATCHES.get(preset, 32)
-        for size in (first, *(other for other in SWEEP if full and other != first)):
-            ceilings = stage.case(lambda p=preset, b=size: _ceilings(p, b, effort, device), part="limits", model=preset, batch=size)
-            if "matmul" in ceilings:
-                specs = tuple(ARMS[name] for name in effort.arms)
-                race = _Once(lambda p=preset, b=size, c=ceilings: Race(p, b, effort, device, c, stage.remaining))
-                stage.case(lambda race=race, specs=specs: race().run(specs), part="arms", model=preset, batch=size)
-                if size == first and not digest:
-                    _explain(stage, race, preset, size, effort)
+    """Every part of every model, the most telling first: the races of all models before anything that explains them."""
+    firsts = {preset: batch or BATCHES.get(preset, 32) for preset in models}
+    ceilings = {preset: _race(stage, preset, size, effort, device) for preset, size in firsts.items()}
     if digest:
         return
-    with deepspeed_step.group():
-        for preset in models:
-            size = batch or BATCHES.get(preset, 32)
-            stage.case(lambda p=preset, b=size: _through_deepspeed(p, b, effort, device), part="deepspeed", model=preset, batch=size)
+    for preset, size in firsts.items():
+        if "matmul" in ceilings[preset]:
+            _explain(stage, preset, size, effort, device, ceilings[preset])
+    for preset, first in firsts.items():
+        for size in (other for other in SWEEP if full and other != first):
+            _race(stage, preset, size, effort, device)
+    with ExitStack() as stack:
+        group = stage.case(lambda: {"told": stack.enter_context(deepspeed_step.group()) or "entered"}, part="deepspeed's processes")
+        for preset, size in firsts.items() if "told" in group else ():
+            stage.case(
+                lambda p=preset, b=size: _through_deepspeed(p, b, effort, device), least=RESERVE, part="deepspeed", model=preset, batch=size
+            )
+
+
+def _race(stage: Stage, preset: str, batch: int, effort: Effort, device: torch.device) -> dict[str, Any]:
+    """The device's limits at a model's shapes, which are returned, and the race of all arms."""
+    keys = {"model": preset, "batch": batch}
+    ceilings = stage.case(lambda: _ceilings(preset, batch, effort, device), part="limits", **keys)
+    if "matmul" in ceilings:
+        specs = tuple(ARMS[name] for name in effort.arms)
+        stage.case(
+            lambda: Race(preset, batch, effort, device, ceilings, stage.remaining).run(specs, stage.so_far),
+            least=RESERVE,
+            part="arms",
+            **keys,
+        )
+    return ceilings
 
 
 def _through_deepspeed(preset: str, batch: int, effort: Effort, device: torch.device) -> dict[str, Any]:
@@ -209,23 +240,19 @@ def _through_deepspeed(preset: str, batch: int, effort: Effort, device: torch.de
     return deepspeed_step.measure(config, batch, effort.rounds, effort.steps, effort.backend, attention, device)
 
 
-class _Once:
-    """Builds a race when it is first asked for, and hands out the same one afterwards."""
+def _explain(stage: Stage, preset: str, batch: int, effort: Effort, device: torch.device, ceilings: dict[str, Any]) -> None:
+    @functools.cache
+    def race() -> Race:
+        return Race(preset, batch, effort, device, ceilings, stage.remaining)
 
-    def __init__(self, build: Any):
-        self._build, self._race = build, None
-
-    def __call__(self) -> Race:
-        self._race = self._race or self._build()
-        return self._race
-
-
-def _explain(stage: Stage, race: _Once, preset: str, batch: int, effort: Effort) -> None:
-    for name in ("ours", "compile + graphs", "ours, compiled", "compile"):
-        stage.case(lambda name=name: race().look(name), part="profile", model=preset, batch=batch, arm=name)
+    keys = {"model": preset, "batch": batch}
+    for arm in ("ours", "compile + graphs", "ours, compiled", "compile"):
+        stage.case(lambda arm=arm: race().look(arm), least=RESERVE, part="profile", **keys, arm=arm)
     ours = ARMS["ours, compiled" if effort.backend != "inductor" else "ours"]
-    for operation in ABLATED[preset.split("-")[0]]:
-        stage.case(lambda o=operation: race().run((ours, without(ours, o))), part="ablation", model=preset, batch=batch, without=operation)
+    for off in ABLATED[preset.split("-")[0]]:
+        stage.case(
+            lambda off=off: race().run((ours, without(ours, off)), stage.so_far), least=RESERVE, part="ablation", **keys, without=off
+        )
 
 
 def without(spec: Spec, operation: str) -> Spec:

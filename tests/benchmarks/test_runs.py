@@ -13,7 +13,7 @@ from fasttrain_kernels.cases import CASES
 from fasttrain_kernels.dispatch import OPERATIONS
 
 from benchmarks import kernels, optimizer_pass, tables, train_step
-from benchmarks.stage import NO_TIME
+from benchmarks.stage import NO_TIME, Stage
 from benchmarks.step_arms import ARMS
 from benchmarks.updates import TrainingState
 
@@ -87,6 +87,37 @@ def test_an_arm_with_wrong_gradients_does_not_race(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(train_step.StepArm, "model", frozen)
     found = race.run((ARMS["eager"], ARMS["ours, kernels only"]))
     assert "the gradient of" in found["refused"]["eager"] and set(found["arms"]) == {"ours, kernels only"}
+
+
+def test_an_arm_that_fails_in_its_turn_leaves_the_others_in_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = train_step.Race("dit-tiny", 2, EFFORT, CPU, CEILINGS, lambda: 600.0)
+    honest = train_step.StepArm.begin
+
+    def begin(arm: train_step.StepArm) -> None:
+        if arm.spec.name == "ours, kernels only":
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        honest(arm)
+
+    monkeypatch.setattr(train_step.StepArm, "begin", begin)
+    kept: list[dict[str, Any]] = []
+    found = race.run((ARMS["ours, kernels only"], ARMS["tuned eager"]), kept.append)
+    assert "when stream is capturing" in found["refused"]["ours, kernels only"]
+    assert set(found["arms"]) == {"tuned eager"} and found["rounds"] == 2
+    assert [one["rounds"] for one in kept] == [1, 2] and set(kept[0]["arms"]) == {"tuned eager"}
+
+
+def test_every_model_races_before_one_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path / "step.json", "step", {"device": "cpu"}, {}, 60.0)
+    done: list[tuple[str, str]] = []
+
+    def case(measure: Any, *, least: float | None = None, **keys: Any) -> dict[str, Any]:
+        done.append((keys["part"], keys.get("model", "")))
+        return {"matmul": {}} if keys["part"] == "limits" else {}
+
+    monkeypatch.setattr(stage, "case", case)
+    train_step.run(stage, ["dit-tiny", "vit-tiny"], EFFORT, CPU, full=False, digest=False, batch=2)
+    races = [model for part, model in done[:4] if part == "arms"]
+    assert races == ["dit-tiny", "vit-tiny"] and {part for part, _ in done[4:]} == {"profile", "ablation", "deepspeed's processes"}
 
 
 def test_when_time_is_short_there_are_fewer_arms_and_rounds() -> None:

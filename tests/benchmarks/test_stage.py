@@ -52,6 +52,41 @@ def test_after_a_lost_device_nothing_more_is_tried(tmp_path: Path) -> None:
     assert outcome["not_run"] == "the device was lost to an earlier error (illegal memory access)"
 
 
+def test_a_part_waits_for_its_own_longest_case_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = _stage(tmp_path)
+    left = iter([60.0, 10.0, 10.0, 10.0])
+    monkeypatch.setattr(stage, "remaining", lambda: next(left))
+    monkeypatch.setattr(stage, "_longest", {"race": 50.0, "limits": 5.0})
+    ran = [stage.case(lambda: {"figure": 1}, part=part) for part in ("race", "limits", "race")]
+    assert ["figure" in outcome for outcome in ran] == [True, True, False]
+    assert "figure" in stage.case(lambda: {"figure": 1}, part="race", least=10.0)  # it ends itself in time
+
+
+def test_a_case_that_is_cut_off_has_left_what_it_had(tmp_path: Path) -> None:
+    stage = _stage(tmp_path)
+
+    def long() -> dict[str, int]:
+        stage.so_far({"rounds": 1})
+        [kept] = json.loads(stage.path.read_text())["cases"]
+        assert kept == {"case": {"name": "race"}, "rounds": 1, "unfinished": True}
+        return {"rounds": 2}
+
+    stage.case(long, name="race")
+    assert json.loads(stage.path.read_text())["cases"] == [{"case": {"name": "race"}, "rounds": 2}]
+
+
+def test_an_error_is_told_with_the_one_it_came_from(tmp_path: Path) -> None:
+    def fails() -> dict[str, int]:
+        try:
+            raise RuntimeError("an illegal memory access was encountered")
+        except RuntimeError:
+            raise ValueError("the capture failed")  # noqa: B904 (as a context manager's own end does)
+
+    stage = _stage(tmp_path)
+    assert stage.case(fails, name="first")["error"].startswith("ValueError: the capture failed, from RuntimeError: an illegal")
+    assert "illegal memory access" in stage.case(lambda: {"figure": 1}, name="second")["not_run"]
+
+
 def test_the_environment_is_plain_and_names_what_matters() -> None:
     found = environment(torch.device("cpu"))
     assert json.loads(json.dumps(found)) == found
