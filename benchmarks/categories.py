@@ -10,13 +10,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 CATEGORIES: tuple[tuple[str, str], ...] = (
+    ("norm", r"^triton_(poi|red|per).*norm"),
+    ("GELU", r"^triton_(poi|red|per).*gelu"),
+    # Before those below: a fusion is also named after the matrix product or the attention whose bias or layout it takes over.
+    ("Inductor's fusions", r"^triton_(poi|red|per)"),
     ("optimizer", r"adamw|adam_|fusedadam|multi_tensor|foreach|_ema"),
     ("attention", r"attention|flash|fmha|_sdpa|cudnn_generated"),
-    ("GEMM", r"gemm|cutlass|cublas|nvjet|xmma|mma_|addmm|aten::mm|aten::bmm|aten::linear|splitk|convolution|conv2d|wgrad|dgrad"),
+    (
+        "GEMM",
+        r"^triton_tem|gemm|cutlass|cublas|nvjet|xmma|mma_|addmm|aten::mm|aten::bmm|aten::linear|splitk|convolution|conv2d|wgrad|dgrad",
+    ),
     ("norm", r"norm|adaln|rms|_sum_rows"),
     ("GELU", r"gelu"),
     ("noise and loss", r"noising|philox|uniform|weighted_mse|_block_sums|_finish|_gradient_kernel|distribution|mse"),
-    ("Inductor's fusions", r"^triton_"),
     ("copies", r"memcpy|memset|copy|aten::to|aten::cat|catarray|fill"),
     ("elementwise", r"elementwise|vectorized|reduce|aten::|index|embedding|softmax|scatter|gather"),
 )
@@ -65,12 +71,13 @@ def profiled(step: Callable[[], Any], device: torch.device, steps: int = 3) -> d
             step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return by_category(_device_spans(found) if device.type == "cuda" else _operator_spans(found), steps)
+    return by_category(device_spans(found.events() or []) if device.type == "cuda" else _operator_spans(found), steps)
 
 
-def _device_spans(found: profile) -> list[Span]:
-    events = [event for event in found.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
-    return [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
+def device_spans(events: Iterable[Any]) -> list[Span]:
+    """What ran on the device. Compiled regions are marked on its timeline too, over the very kernels that they hold: they are left out."""
+    ran = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+    return [Span(event.name, event.time_range.start, event.time_range.end) for event in ran]
 
 
 def _operator_spans(found: profile) -> list[Span]:

@@ -1,9 +1,12 @@
 """Kernels are told apart by their names as profilers print them, and gaps between them are idle time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks.categories import Span, by_category, category, host_waits, profiled
+from benchmarks.categories import Span, by_category, category, device_spans, host_waits, profiled
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,9 @@ from benchmarks.categories import Span, by_category, category, host_waits, profi
         ("triton_red_fused_mul_sum_3", "Inductor's fusions"),
         ("triton_poi_fused__to_copy_add_1", "Inductor's fusions"),
         ("triton_red_fused_native_layer_norm_backward_2", "norm"),
+        ("triton_poi_fused_add_addmm_mul_5", "Inductor's fusions"),
+        ("triton_poi_fused__scaled_dot_product_flash_attention_backward_clone_3", "Inductor's fusions"),
+        ("triton_tem_fused_mm_1", "GEMM"),
         ("void at::native::elementwise_kernel<128, 4, mul>", "elementwise"),
         ("something_new", "other"),
     ],
@@ -38,6 +44,19 @@ def test_time_is_summed_and_gaps_are_idle() -> None:
     assert found["microseconds"] == {"GEMM": 17.5, "norm": 5.0}
     assert found["idle"] == 10.0 and found["kernels"] == 1.5
     assert by_category([], steps=1)["microseconds"] == {}
+
+
+def test_a_mark_over_kernels_is_not_counted_beside_them() -> None:
+    def event(name: str, begin: float, end: float, annotation: bool, device: str) -> SimpleNamespace:
+        span = SimpleNamespace(start=begin, end=end)
+        return SimpleNamespace(name=name, time_range=span, is_user_annotation=annotation, device_type=getattr(DeviceType, device))
+
+    events = [
+        event("## Call CompiledFxGraph ##", 0, 50, True, "CUDA"),
+        event("nvjet_a", 0, 10, False, "CUDA"),
+        event("aten::mm", 0, 5, False, "CPU"),
+    ]
+    assert device_spans(events) == [Span("nvjet_a", 0, 10)]
 
 
 def test_a_profile_on_the_cpu_finds_the_product() -> None:
