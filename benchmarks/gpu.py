@@ -51,7 +51,7 @@ def _pytest(part: str, *options: str) -> Callable[[Path, float], list[Command]]:
 
     def commands(out: Path, seconds: float) -> list[Command]:
         record = ["-p", "benchmarks.recorder", "--record", str(out / "tests.json"), "--record-part", part]
-        limit = ["--record-seconds", f"{seconds:.0f}", f"--junitxml={out / f'tests-{part}.xml'}"]
+        limit = ["--record-seconds", f"{seconds:.0f}"]
         robust = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
         return [[sys.executable, "-m", "pytest", "-q", "--tb=short", *robust, *record, *limit, *options]]
 
@@ -124,6 +124,11 @@ def run_command(command: Command, seconds: float, out: Path) -> int | None:
                 process.wait()
 
 
+def end_when_told() -> None:
+    """Lets SIGTERM end this process by an exception, and so the stage under way with it: one left behind would hold the GPU."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def line(name: str, outcome: dict[str, Any]) -> str:
     """What is told of a part."""
     return f"{name}: not run ({outcome['not_run']})" if "not_run" in outcome else f"{name}: {outcome['ended']} in {outcome['seconds']} s"
@@ -148,4 +153,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_when_told()
     raise SystemExit(main())

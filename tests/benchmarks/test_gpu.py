@@ -46,6 +46,24 @@ def test_a_part_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def test_a_plan_that_is_told_to_end_leaves_no_stage_behind(tmp_path: Path) -> None:
+    mark = tmp_path / "child-was-here"
+    child = f"import time, pathlib; print('began', flush=True); time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    plan = (
+        "import pathlib, sys; from benchmarks import gpu; gpu.end_when_told();"
+        f"gpu.run_command([sys.executable, '-c', {child!r}], 60.0, pathlib.Path({str(tmp_path)!r}))"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen([sys.executable, "-c", plan], env={**os.environ, "PYTHONPATH": path})
+    deadline, log = time.monotonic() + 60, tmp_path / "log.txt"
+    while not (log.exists() and "\nbegan" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
 def test_output_and_status_are_kept(tmp_path: Path) -> None:
     assert gpu.run_command([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], 20.0, tmp_path) == 3
     assert "hello" in (tmp_path / "log.txt").read_text()
