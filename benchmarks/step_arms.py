@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import updates
 from benchmarks.capture import captured
-from benchmarks.networks import REFERENCE, batch_of, build_network, our_objective, plain_objective
+from benchmarks.networks import REFERENCE, as_public_code, batch_of, build_network, our_objective, plain_objective
 from benchmarks.updates import TrainingState, Update
 from fasttrain.models import Transformer
 
@@ -46,7 +46,7 @@ ARMS: dict[str, Spec] = {
     spec.name: spec
     for spec in (
         Spec("eager", "fp32 weights under autocast, torch's default AdamW, a loop for the average", updates.eager, autocast=True),
-        Spec("tuned eager", "bf16 weights, torch's fused AdamW, foreach average", updates.fused),
+        Spec("tuned eager", "bf16 weights, norms in fp32, torch's fused AdamW, foreach average", updates.fused),
         Spec("compile", "tuned eager, each block compiled", updates.fused, compiled=True),
         Spec("compile + graphs", "compile, replayed as a CUDA graph", updates.fused, compiled=True, graphed=True),
         Spec("ours, kernels only", "our kernels, eager", OUR_UPDATE, OURS, plain=False),
@@ -73,6 +73,8 @@ class StepArm:
         state.share_with(self.network, spec.autocast)
         if spec.compiled:
             self.network.compile(backend=backend, dynamic=False)
+        elif spec.plain:
+            as_public_code(self.network)
         objective = plain_objective(config, device) if spec.plain else our_objective(config, spec.kernels, device)
         self._loss: Callable[..., Tensor] = objective
         self._batch = batch_of(config, batch, device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks import agreement
 from benchmarks.arms import LIBRARIES, Arm, Region, absent, fault
 from benchmarks.kernels import DRAWN, Point, grown
-from benchmarks.networks import REFERENCE, build_network, config_of, our_objective, plain_objective, wake
+from benchmarks.networks import REFERENCE, as_public_code, build_network, config_of, our_objective, plain_objective, wake
 from fasttrain.diffusion.schedule import Cosine
 
 CPU = torch.device("cpu")
@@ -95,6 +95,20 @@ def test_gradients_in_parts_are_gradients_of_the_whole() -> None:
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     for one, other in zip(parts.gradients, whole.gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_an_eager_baseline_takes_no_gelu_in_passes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written after the wide layer's product is its GELU and nothing else, and the values stay the reference's."""
+    config = config_of("dit-tiny", input_size=8, channels=1, num_classes=10)
+    network = build_network(config, REFERENCE, "auto", CPU)
+    layer, x = network.blocks[0].mlp.fc1, torch.randn(2, 3, 128)
+    layer.bias.data.normal_()
+    before = layer(x)
+    as_public_code(network)
+    monkeypatch.setattr("fasttrain.models.layers.bias_gelu", lambda *_, **__: pytest.fail("the reference was called"))
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-6)
+    assert layer(x).grad_fn.name() == "GeluBackward0"
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_the_baseline_trains_on_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
