@@ -109,9 +109,14 @@ def _obstacle(tensors: tuple[Tensor, ...], cpu_allowed: bool) -> str | None:
     return None
 
 
+# Dynamo would trace into a cached function: outside the cache it takes the answer as it is.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _unsupported(device: torch.device | int) -> str | None:
+    return _why_unsupported(device)
+
+
+@functools.cache
+def _why_unsupported(device: torch.device | int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < OLDEST:
         name = torch.cuda.get_device_name(device)

@@ -74,11 +74,11 @@ def test_a_gpu_that_triton_does_not_support_is_passed_over_and_told_once(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
-    dispatch._unsupported.cache_clear()
+    dispatch._why_unsupported.cache_clear()
     dispatch._tell.cache_clear()
     tensor = torch.zeros(1).as_subclass(OldDevice)
     assert [dispatch.choose("auto", tensor) for _ in range(3)] == ["reference"] * 3
     assert capsys.readouterr().out.count("compute capability 8.0, and Old GPU has 6.1") == 1
     with pytest.raises(ValueError, match=r"Old GPU has 6\.1"):
         dispatch.choose("triton", tensor)
-    dispatch._unsupported.cache_clear()
+    dispatch._why_unsupported.cache_clear()
