@@ -137,7 +137,15 @@ def measure(point: Point, effort: Effort, clock: Clock, ceilings: dict[str, Any]
         figures["arms"][name]["host_seconds"] = host_seconds(region.forward, device)
         if point.batch == SMALL_BATCH and name in ("compile", "ours") and device.type == "cuda":
             figures["arms"][name]["graph"] = _replayed(region, clock, effort.repeats)
-    return figures
+    return {**figures, "told": _told(figures)}
+
+
+def _told(figures: dict[str, Any]) -> str:
+    """Our share of the copy bandwidth, how much longer the compiled reference takes, and which arms have no speed and why."""
+    ours = figures["arms"].get("ours", {})
+    told = [f"{way} {100 * ours[way]['of_copy']:.0f} % of copy" for way in ("forward", "backward") if way in ours]
+    told += [f"{key.replace('_', ' ')} {figures[key]['median']:.2f}" for key in figures if key.endswith("_over_ours")]
+    return "; ".join([*told, *(f"{name} refused: {why[:150]}" for name, why in figures["refused"].items())])
 
 
 def _replayed(region: Region, clock: Clock, repeats: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Race:
         plain = self._found(self._built(ARMS["tuned eager"]), probe)
         able, longest = {}, 0.0
         for spec in specs:
-            if self.remaining() < max(RESERVE, longest):
+            if self.remaining() < (max(RESERVE, longest) if spec.compiled else RESERVE):
                 self.refused[spec.name] = NO_TIME
                 continue
             begin = time.monotonic()
@@ -146,6 +146,7 @@ class Race:
             "refused": self.refused,
         }
         figures["arms"] = {name: {**self._figures(rounds), "peak_bytes": peaks[name]} for name, rounds in series.items() if rounds}
+        figures["told"] = _told(figures["arms"], self.refused)
         return {**figures, **_ratios({name: rounds for name, rounds in series.items() if rounds})}
 
     def _built(self, spec: Spec) -> StepArm:
@@ -188,6 +189,12 @@ class Race:
         found = {"profile": profiled(arm.step, self.device), "host_waits": host_waits(arm.step, self.device)}
         arm.end()
         return found
+
+
+def _told(arms: dict[str, Any], refused: dict[str, str]) -> str:
+    """A race in one line, since a stage may be all that is left of a short loan: times, and which arms have none and why."""
+    times = [f"{name} {1e3 * found['step']['seconds']['median']:.2f} ms" for name, found in arms.items()]
+    return "; ".join([*times, *(f"{name} refused: {why[:150]}" for name, why in refused.items())])
 
 
 def _ratios(series: dict[str, list[list[float]]]) -> dict[str, Any]:

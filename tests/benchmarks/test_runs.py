@@ -30,6 +30,7 @@ def test_operations_are_measured_in_every_arm(tmp_path: Path, monkeypatch: pytes
     assert {case["case"]["operation"] for case in result["cases"]} == set(some)
     for case in result["cases"]:
         assert not case["refused"]
+        assert case["case"]["operation"] == "adamw_ema" or "forward compile over ours" in case["told"]
         assert {"eager", "ours"} <= set(case["arms"])
         assert all(arm["host_seconds"] > 0 for arm in case["arms"].values())
     assert "of a copy" in "\n".join(tables._kernels("cpu", result))
@@ -103,6 +104,7 @@ def test_an_arm_that_fails_in_its_turn_leaves_the_others_in_the_race(monkeypatch
     found = race.run((ARMS["ours, kernels only"], ARMS["tuned eager"]), kept.append)
     assert "when stream is capturing" in found["refused"]["ours, kernels only"]
     assert set(found["arms"]) == {"tuned eager"} and found["rounds"] == 2
+    assert found["told"].startswith("tuned eager ") and "; ours, kernels only refused: RuntimeError: CUDA error" in found["told"]
     assert [one["rounds"] for one in kept] == [1, 2] and set(kept[0]["arms"]) == {"tuned eager"}
 
 
