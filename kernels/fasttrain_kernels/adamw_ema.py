@@ -98,6 +98,8 @@ def _adamw_ema_op(
         for place, (t, new) in enumerate(zip(row, updated, strict=True)):
             if t is not new and place != GRADIENT:
                 t.copy_(new)
+    # By its version autograd knows that a tensor was written to: a backward pass that needs the old weights is refused, not misled.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *emas, *weights])
 
 
 def _numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, update: int) -> list[float]:

@@ -102,6 +102,19 @@ def test_one_minus_a_decay_near_one_keeps_its_digits(device: torch.device) -> No
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[:1]], ids=["list", "one"])
+def test_a_backward_pass_through_updated_weights_is_refused(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    lists, keywords = drawn(sizes, 1, torch.float32, torch.bfloat16, device)
+    before = [t._version for t in written(lists, keywords)]
+    product = lists[1][0].requires_grad_() * lists[0][0]
+    lists[1][0] = lists[1][0].detach()
+    adamw_ema(*lists, **keywords, impl="triton")
+    assert all(t._version > old for t, old in zip(written(lists, keywords), before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
 @pytest.mark.parametrize("odd", [False, True])
 def test_wide_accesses_are_promised_only_where_every_address_allows_them(odd: bool) -> None:
     from tests.kernels.interpreter import recording
