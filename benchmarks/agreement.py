@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.capture import captured
 from benchmarks.networks import batch_of
 from fasttrain.models import Transformer
 
@@ -56,17 +57,44 @@ class Found:
 def found(model: Any, parameters: list[nn.Parameter], probe: Probe, chunk: int | None = None) -> Found:
     """Loss and gradients of a network on the probe, in parts of `chunk` images."""
     size, total = probe.x_t.shape[0], 0.0
-    for parameter in parameters:
-        parameter.grad = None
+    _forget(parameters)
     for first in range(0, size, chunk or size):
         part = probe.part(first, chunk or size)
         loss = probe.loss(model) if chunk is None else part.loss(model) * (part.x_t.shape[0] / size)
         loss.backward()
         total += loss.item()
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return Found(total, _taken(parameters))
+
+
+def found_replayed(model: Any, parameters: list[nn.Parameter], probe: Probe) -> Found:
+    """The same of a network captured as a CUDA graph, from a replay into memory that held NaN before."""
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        _forget(parameters)
+        loss = probe.loss(model)
+        loss.backward()
+        return loss.detach(), _taken(parameters)
+
+    graph, (loss, gradients) = captured(run, probe.x_t.device)
+    for written in (loss, *gradients):
+        written.fill_(float("nan"))
+    graph.replay()
+    found = Found(loss.item(), [gradient.clone() for gradient in gradients])
+    del loss, gradients
+    graph.reset()
+    return found
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.grad = None
-    return Found(total, gradients)
+
+
+def _taken(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Every parameter's gradient, which it keeps no longer."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    _forget(parameters)
+    return gradients
 
 
 def fault(arm: Found, plain: Found, truth: Found, names: list[str]) -> str | None:

@@ -154,7 +154,8 @@ class Race:
         return StepArm(spec, self.config, self.state, self.batch, self.device, backend=effort.backend, attention=self.attention)
 
     def _found(self, arm: StepArm, probe: agreement.Probe) -> agreement.Found:
-        return agreement.found(arm.model, self.state.parameters(arm.spec.autocast), probe)
+        found = agreement.found_replayed if arm.spec.graphed else agreement.found
+        return found(arm.model, self.state.parameters(arm.spec.autocast), probe)
 
     def _turn(self, arm: StepArm) -> tuple[list[float], int]:
         if self.device.type == "cuda":

@@ -86,6 +86,37 @@ def test_a_network_with_a_wrong_gradient_has_no_speed(factor: float, words: str 
     assert told is None if words is None else words in (told or "")
 
 
+class _Replay:
+    """What a CUDA graph does, on a CPU: runs again, and writes where the first results are; `stale` writes nothing."""
+
+    def __init__(self, run, results: tuple[Tensor, list[Tensor]], stale: bool) -> None:
+        self.run, self.results, self.stale = run, results, stale
+
+    def replay(self) -> None:
+        if not self.stale:
+            loss, gradients = self.run()
+            for old, new in zip((self.results[0], *self.results[1]), (loss, *gradients), strict=True):
+                old.copy_(new)
+
+    def reset(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_captured_network_is_judged_by_what_its_replay_writes(stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(run, device):
+        results = run()
+        return _Replay(run, results, stale), results
+
+    monkeypatch.setattr(agreement, "captured", captured)
+    probe = agreement.Probe.of(config_of("dit-tiny", input_size=8, channels=1, num_classes=10), 4, CPU)
+    network = _Network(1.0)
+    replayed, truth = (found(network, [network.weight], probe) for found in (agreement.found_replayed, agreement.found))
+    assert network.weight.grad is None
+    told = agreement.fault(replayed, truth, truth, ["weight"])
+    assert "the loss is nan" in (told or "") if stale else told is None
+
+
 def test_gradients_in_parts_are_gradients_of_the_whole() -> None:
     config = config_of("dit-tiny", input_size=8, channels=1, num_classes=10)
     network = build_network(config, REFERENCE, "auto", CPU)
