@@ -176,9 +176,9 @@ class _Norm(torch.autograd.Function):
         dx, *dbranch, drows = _backward(dy, dx_new, x_new, branch, gate, gain, rstd, mean, ctx.one_plus, parts)
         if ctx.has_branch and gate is None:
             dbranch = [dx]
-        dgain, *others = drows.unbind(-2)
-        dgate = others.pop() if gate is not None else None
-        return dx, dbranch[0] if dbranch else None, dgate, dgain, others[0] if ctx.shifted else None, *[None] * 4
+        rows = drows.unbind(-2)
+        dgate, dshift = rows[-1] if gate is not None else None, rows[1] if ctx.shifted else None
+        return dx, dbranch[0] if dbranch else None, dgate, rows[0], dshift, *[None] * 4
 
 
 def fused(x: Tensor, gain: Tensor, shift: Tensor | None, *, one_plus: bool, norm: str, eps: float) -> Tensor:
