@@ -53,6 +53,7 @@ class Recorder:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self._collected = max(self._collected, len(session.items))
 
+    @pytest.hookimpl(optionalhook=True)  # xdist's own, which need not be installed
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
         self._collected = max(self._collected, len(ids))
 

@@ -106,6 +106,7 @@ def test_the_recorder_ends_the_run_when_time_is_up(tmp_path: Path) -> None:
 
 
 def test_the_recorder_ends_a_parallel_run_too(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
     more = "".join(f"def test_more_{i}(): time.sleep(0.3)\n" for i in range(20))
     part = _record(tmp_path, "-n", "2", "--record-seconds", "1.2", more=more)["tests"]
     assert not part["complete"] and part["not_run"] > 5
