@@ -12,7 +12,7 @@ plain autograd would fill zeros, copy and add. Bytes per element in bf16: q and 
 for the backward pass: qkv, the weights, cos and sin; rstd is computed again from the x that is read anyway (kept, it would cost 4 bytes
 each way for every head of a token). cos and sin, 4 T d bytes, stay in the caches. The weights' gradients are summed in two passes of fixed
 order, without atomics: a program owns a range of (token, head) rows and writes fp32 sums, [programs, 2, d]. They are extra bytes: for
-B = 32, T = 256, h = 16, d = 72 on 132 processors 0.3 MB written and read again beside 151 MB.
+B = 32, T = 256, h = 16, d = 72 on 132 processors 0.2 MB written and read again beside 151 MB.
 """
 
 import torch
@@ -36,11 +36,11 @@ _TILE = 1024
 """Elements of q or k that 128 threads hold at once, 8 each: 16-byte accesses in bf16."""
 _WARPS = 4
 _GROUPS = 2
-"""Tiles a program reads at once. On sm_90, with angles, the forward kernel then takes 64 registers and the backward kernel 128: 64 and
-80 KB of loads in flight on a processor, of which 36 and 45 KB are not beyond d = 72 in a tile of 128. One tile has three quarters of
-that; loads through shared memory (num_stages) take 60 % more instructions. Not timed."""
-_BACKWARD_PROGRAMS_PER_PROCESSOR = 4
-"""As many as its registers let live at once: one wave."""
+"""Tiles a program reads at once. On sm_90, with angles, the forward kernel then takes 62 registers from Triton 3.7 and 71 from 3.6, the
+backward kernel 128 and 140: at least 56 and 60 KB of loads in flight on a processor, of which 31 and 34 KB are not beyond d = 72 in a
+tile of 128. Forward, one tile has three quarters of that; num_stages takes 60 % more instructions. Not timed."""
+_BACKWARD_PROGRAMS_PER_PROCESSOR = 3
+"""One wave from either Triton; of four programs 3.6 would leave one to a wave of its own."""
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -96,6 +96,17 @@ def test_spills_would_be_seen() -> None:
     assert compiled.spilled_bytes > 0 and compiled.registers <= 32
 
 
+@pytest.mark.parametrize("name", ["bias_gelu", "qk_norm"])
+def test_a_backward_grid_is_one_wave(name: str) -> None:
+    # Its programs share the rows out among them: any that must wait for the others would run nearly alone, after them.
+    case = CASES[name]
+    for options in case.options:
+        launch = recorded(case, (8, *telling(case)), options, processors=PROCESSORS).backward[0]
+        registers = -(-compile_launch(launch, "sm_90").registers // 8) * 8
+        programs = -(-prod(launch.grid) // PROCESSORS)
+        assert programs > 1 and programs * launch.options()["num_warps"] * 32 * registers <= 65_536, (options, programs, registers)
+
+
 @jit
 def _narrow_kernel(source, target, width, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
