@@ -127,7 +127,15 @@ def build_engine(
         precision: "bf16" (weights bf16, masters fp32) or "fp32".
         clip: largest gradient norm, or None.
         whole: the class of modules whose forward will be compiled. ZeRO 3 gathers each as one, so that its hooks stay outside.
+
+    Raises:
+        UserError: compiled modules would get no gradients.
     """
+    if whole is not None and zero_stage(settings) == 3 and not compiles_under_zero_3():
+        raise UserError(
+            f"training.compile: with torch {torch.__version__} compiled blocks get no gradients under ZeRO 3, in silence (seen with 2.11, "
+            "not with 2.13): install torch 2.13 or newer, set zero_optimization.stage to 2, or training.compile to false"
+        )
     deepspeed = _import_deepspeed()
     if whole is not None and zero_stage(settings) == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [whole])
@@ -147,6 +155,11 @@ def build_engine(
     if zero_stage(settings) == 0 and precision == "fp32":
         _let_optimizer_guard(engine, optimizer, clip)
     return engine
+
+
+def compiles_under_zero_3() -> bool:
+    """Whether this torch is one with which blocks compiled under ZeRO 3 were seen to train: 2.13; with 2.11 they do not."""
+    return torch.__version__ >= "2.13"
 
 
 def accumulates_in_bf16(stage: int, precision: str, accumulation_steps: int) -> bool:
