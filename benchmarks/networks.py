@@ -114,4 +114,4 @@ def _linear_gelu(layer: GeluLinear, x: Tensor) -> Tensor:
 def choose_attention(config: Transformer, batch: int, device: torch.device) -> tuple[str, dict[str, float]]:
     """The fastest attention for this model at this batch, which every arm then has, and the seconds that each one took."""
     tokens = config.grid**2 + getattr(config, "extra_tokens", 0)
-    return fastest(Shape(batch, config.heads, tokens, config.width // config.heads, torch.bfloat16), device)
+    return fastest(Shape(batch, config.heads, tokens, config.width // config.heads, torch.bfloat16), device, compiled=True)

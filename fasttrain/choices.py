@@ -74,7 +74,7 @@ def uses(kernels: Kernels, operation: str) -> str:
 
 
 def choose_attention(
-    wanted: str, model: Transformer, micro_batch: int, dtype: torch.dtype, processes: Processes, *, deterministic: bool
+    wanted: str, model: Transformer, micro_batch: int, dtype: torch.dtype, processes: Processes, *, deterministic: bool, compiled: bool
 ) -> tuple[str, str]:
     """The attention of a run, and one line about it. A collective where it is measured: rank 0 measures, and all follow.
 
@@ -83,14 +83,14 @@ def choose_attention(
     """
     shape, device = Shape(micro_batch, model.heads, model.tokens, model.head_width, dtype), processes.device
     if wanted != "auto":
-        found = obstacle(wanted, shape, device, deterministic)
+        found = obstacle(wanted, shape, device, deterministic=deterministic, compiled=compiled)
         if found is not None:
             raise UserError(f"attention: {wanted} cannot run at {shape} on {device.type}: {found}; use attention: auto, or another one")
         return wanted, f"{wanted} (asked for)"
     if deterministic:
         chosen = deterministic_choice(shape, device)
         return chosen, "torch's on a CPU" if chosen == "auto" else f"{chosen}, for the same bits each time"
-    chosen, seconds = processes.from_main(fastest(shape, device) if processes.is_main else None)
+    chosen, seconds = processes.from_main(fastest(shape, device, compiled=compiled) if processes.is_main else None)
     if not seconds:
         return chosen, "torch scaled_dot_product_attention, its own choice"
     times = ", ".join(f"{name} {1e6 * time:.0f}" for name, time in sorted(seconds.items(), key=lambda item: item[1]))

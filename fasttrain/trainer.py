@@ -54,9 +54,8 @@ class Trainer:
         held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
         decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
         self.preview = Preview(config, processes, held_out, decode, self.dtype)
-        attention, self._attention = choose_attention(
-            config.attention, config.model, self.micro_batch, self.dtype, processes, deterministic=config.training.deterministic
-        )
+        how = {"deterministic": config.training.deterministic, "compiled": config.training.compile}
+        attention, self._attention = choose_attention(config.attention, config.model, self.micro_batch, self.dtype, processes, **how)
         self.network = build_network(config, attention)
         offloaded = offloads(config.deepspeed_settings())
         update = choose_update(config.optimizer.implementation, config.kernels.of("adamw_ema"), processes.device, offloaded)

@@ -43,7 +43,7 @@ def test_kernels_that_cannot_run_are_refused_by_their_key():
 
 
 def choose(wanted: str, processes: Processes, deterministic: bool = False, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    return choose_attention(wanted, MODEL, 2, dtype, processes, deterministic=deterministic)
+    return choose_attention(wanted, MODEL, 2, dtype, processes, deterministic=deterministic, compiled=False)
 
 
 def test_what_is_asked_for_is_tried_first():
@@ -64,7 +64,7 @@ def test_a_cpu_takes_torchs_own_choice():
 def test_rank_0_measures_and_the_others_follow(monkeypatch):
     asked = []
     measured = ("cudnn", {"flash": 2e-4, "cudnn": 1e-4})
-    monkeypatch.setattr(choices, "fastest", lambda shape, device: asked.append(shape) or measured)
+    monkeypatch.setattr(choices, "fastest", lambda shape, device, compiled: asked.append(shape) or measured)
     told = "cudnn, the fastest at 2 x 4 heads x 18 tokens x 8, bfloat16 (microseconds forward and backward: cudnn 100, flash 200)"
     assert choose("auto", alone(), dtype=torch.bfloat16) == ("cudnn", told)
     assert asked == [(2, 4, 18, 8, torch.bfloat16)]

@@ -43,8 +43,11 @@ def candidates() -> list[str]:
     return [name for name in ATTENTION if name not in ("auto", "math") and missing(name) is None]
 
 
-def obstacle(name: str, shape: Shape, device: torch.device, deterministic: bool = False) -> str | None:
-    """Why `name` cannot run forward and backward at this shape, in its own words; None if it can."""
+def obstacle(name: str, shape: Shape, device: torch.device, *, deterministic: bool = False, compiled: bool = False) -> str | None:
+    """Why `name` cannot run forward and backward at this shape, in its own words; None if it can.
+
+    With `compiled` it must also let itself be captured as one graph, as it will be within a block that is compiled whole.
+    """
     if (remedy := missing(name)) is not None:
         return remedy
     if name in PACKAGES and device.type != "cuda":
@@ -52,16 +55,17 @@ def obstacle(name: str, shape: Shape, device: torch.device, deterministic: bool 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of each reason before it raises
-            _run(attention_function(name, deterministic), shape.draw(device))
+            attend = attention_function(name, deterministic)
+            _run(torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend, shape.draw(device))
     except Exception as error:  # of whatever type its library raises
         told = (str(error).splitlines() or [""])[0].strip()
         return f"{type(error).__name__}: {told}"
     return None
 
 
-def timings(names: Iterable[str], shape: Shape, device: torch.device) -> dict[str, float]:
+def timings(names: Iterable[str], shape: Shape, device: torch.device, *, compiled: bool = False) -> dict[str, float]:
     """Seconds of a forward and a backward pass of each attention that runs at this shape: the median of rounds that take turns."""
-    able = {name: attention_function(name) for name in names if obstacle(name, shape, device) is None}
+    able = {name: attention_function(name) for name in names if obstacle(name, shape, device, compiled=compiled) is None}
     inputs = shape.draw(device)
     seconds: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(ROUNDS):
@@ -70,14 +74,14 @@ def timings(names: Iterable[str], shape: Shape, device: torch.device) -> dict[st
     return {name: statistics.median(rounds) for name, rounds in seconds.items()}
 
 
-def fastest(shape: Shape, device: torch.device) -> tuple[str, dict[str, float]]:
+def fastest(shape: Shape, device: torch.device, *, compiled: bool = False) -> tuple[str, dict[str, float]]:
     """The fastest attention at this shape and the seconds of each that was tried; on a CPU, and where none runs, torch's own choice.
 
     A CPU has one fast kernel, which torch takes by itself.
     """
     if device.type != "cuda":
         return "auto", {}
-    seconds = timings(candidates(), shape, device)
+    seconds = timings(candidates(), shape, device, compiled=compiled)
     return (min(seconds, key=seconds.__getitem__) if seconds else "auto"), seconds
 
 

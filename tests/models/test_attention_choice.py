@@ -42,6 +42,18 @@ def test_a_backward_pass_that_fails_is_an_obstacle(monkeypatch):
     assert obstacle("flash", SMALL, CPU) == "NotImplementedError: no backward at this head width"
 
 
+def test_what_breaks_a_graph_is_an_obstacle_only_where_blocks_are_compiled(monkeypatch):
+    def breaking(q, k, v):
+        torch._dynamo.graph_break()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    assert obstacle("flash", SMALL, CPU, compiled=True) is None
+    monkeypatch.setattr(attention_choice, "attention_function", lambda name, deterministic=False: breaking)
+    assert obstacle("flash", SMALL, CPU) is None
+    assert "graph_break" in obstacle("flash", SMALL, CPU, compiled=True)
+    assert timings(["flash"], SMALL, CPU, compiled=True) == {} and list(timings(["flash"], SMALL, CPU)) == ["flash"]
+
+
 def test_rounds_take_turns_and_the_median_counts(monkeypatch):
     order, took = [], iter([9.0, 1.0, 2.0, 1.5, 2.0, 1.5, 2.0, 1.5, 2.0, 100.0])
     monkeypatch.setattr(attention_choice, "_seconds", lambda run, device: order.append(run.args[0]) or next(took))
@@ -51,9 +63,9 @@ def test_rounds_take_turns_and_the_median_counts(monkeypatch):
 
 
 def test_the_fastest_is_chosen(monkeypatch):
-    monkeypatch.setattr(attention_choice, "timings", lambda *_: {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0})
+    monkeypatch.setattr(attention_choice, "timings", lambda *_, **__: {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0})
     assert fastest(SMALL, torch.device("cuda")) == ("cudnn", {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0})
-    monkeypatch.setattr(attention_choice, "timings", lambda *_: {})
+    monkeypatch.setattr(attention_choice, "timings", lambda *_, **__: {})
     assert fastest(SMALL, torch.device("cuda")) == ("auto", {})
 
 
