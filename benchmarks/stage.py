@@ -83,8 +83,8 @@ class Stage:
         write_json(self.path, self.result)
 
     def failed(self) -> list[Figures]:
-        """The cases that ended in an error."""
-        return [case for case in self.result["cases"] if "error" in case]
+        """The cases that ended in an error, or that refused an arm of ours for more than want of time: our own fault is no pass."""
+        return [case for case in self.result["cases"] if "error" in case or _refused_ours(case)]
 
     def _outcome(self, measure: Callable[[], Figures], least: float) -> Figures:
         if self._lost:
@@ -119,3 +119,7 @@ def summary(case: Figures) -> str:
     name = " ".join(map(str, case["case"].values()))
     told = next((f"{word.replace('_', ' ')}: {case[word]}" for word in ("error", "not_run") if word in case), case.get("told", "measured"))
     return f"{name}: {told}"
+
+
+def _refused_ours(case: Figures) -> bool:
+    return any(name.startswith("ours") and reason != NO_TIME for name, reason in case.get("refused", {}).items())

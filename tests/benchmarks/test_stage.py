@@ -33,6 +33,9 @@ def test_an_error_is_a_result_and_the_next_case_runs(tmp_path: Path) -> None:
     assert broken["error"].startswith("ZeroDivisionError") and "lambda" in broken["traceback"]
     assert fine["figure"] == 1
     assert [case["case"]["name"] for case in stage.failed()] == ["broken"]
+    stage.case(lambda: {"refused": {"ours": "tensor 1 is off by 0.3"}}, name="wrong")
+    stage.case(lambda: {"refused": {"ours, compiled": NO_TIME, "compile": "out of memory"}}, name="late")
+    assert [case["case"]["name"] for case in stage.failed()] == ["broken", "wrong"]
 
 
 def test_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
