@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fasttrain.errors import UserError
+from fasttrain.errors import Status, UserError
 
 # Sub-command -> (module with add_arguments and run, what it does). Imported only when asked for: `--help` should not wait for torch.
 COMMANDS = {
@@ -22,11 +22,10 @@ SOURCES = {
     "images": ("fasttrain.data.prepare.images", "a tree of class folders, or a tar of one"),
     "latents": ("fasttrain.data.prepare.latents", "the same, encoded by a VAE"),
 }
-USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0, or 2 for a mistake that the user can mend."""
+    """Runs one command. Returns the exit status: see `errors.Status`."""
     # Threads that spin at each other's barriers slow a CPU run ninefold when anything else wants a core. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
@@ -40,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Before the ranks have joined, all meet the same mistake and rank 0 tells it.
         if not getattr(error, "told_elsewhere", os.environ.get("RANK", "0") != "0"):
             print(f"fasttrain: {told}", file=sys.stderr)
-        return USER_ERROR
-    return 0
+        return getattr(error, "status", Status.USER_ERROR)
+    return Status.DONE
 
 
 def _told(error: UserError | OSError) -> str | None:

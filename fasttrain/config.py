@@ -44,6 +44,9 @@ class TrainingConfig(Section):
     `global_batch` images make an optimizer step whatever the number of processes; each takes `micro_batch` of them per forward pass
     (default: its whole share), and accumulates over as many as that needs. `compile` compiles each of the model's blocks; `deterministic`
     gives the same bits each time on the same GPU, and chooses nothing by time.
+
+    A rank silent or stuck for `timeout_seconds` ends the run on all ranks, with a status on which it is started again. `max_skipped`
+    non-finite steps in a row end it with a report; `checksum_every` steps the replicated weights are compared across ranks (null: never).
     """
 
     steps: int = Field(gt=0)
@@ -54,6 +57,8 @@ class TrainingConfig(Section):
     compile: bool = False
     deterministic: bool = False
     timeout_seconds: float = Field(default=600, gt=0)
+    max_skipped: int = Field(default=20, gt=0)
+    checksum_every: int | None = Field(default=None, gt=0)
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per optimizer step on each process."""
@@ -75,10 +80,16 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the training state is saved; it is also saved at the end and on Ctrl-C or SIGTERM."""
+    """When the training state is saved; it is also saved at the end and on Ctrl-C or SIGTERM.
+
+    Saving goes on beside training. The newest `keep_last` stay, and those of every `keep_every` steps for good (null: none). A save that
+    fails, on a full disk for one, is tried again for `retry_seconds` while training goes on; then the run ends.
+    """
 
     every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, gt=0)
+    retry_seconds: float = Field(default=600, ge=0)
 
 
 class SamplingConfig(Section):
@@ -91,11 +102,15 @@ class SamplingConfig(Section):
 
 
 class LogConfig(Section):
-    """Progress, JSONL and TensorBoard every `every` steps; the held-out loss every `held_out_every` (null: never)."""
+    """Progress, JSONL and TensorBoard every `every` steps; the held-out loss every `held_out_every` (null: never).
+
+    A step whose loss lies `spike` robust standard deviations above the recent ones is flagged (null: none is).
+    """
 
     every: int = Field(default=50, gt=0)
     held_out_every: int | None = Field(default=None, gt=0)
     timestep_ranges: int = Field(default=10, ge=1)
+    spike: float | None = Field(default=8.0, gt=0)
     tensorboard: bool = True
 
 

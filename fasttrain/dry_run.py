@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fasttrain.building import build_objective
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import training_loader
 from fasttrain.data.shards import ShardSet
@@ -13,7 +14,6 @@ from fasttrain.engine.deepspeed import offloads
 from fasttrain.models.flops import TRAINING
 from fasttrain.models.memory import count_parameters, memory_per_rank
 from fasttrain.run import resolve
-from fasttrain.trainer import build_objective
 
 GIB = 2**30
 

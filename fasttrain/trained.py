@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fasttrain.building import build_network
 from fasttrain.checkpoint import newest_sound, read_weights
 from fasttrain.config import RunConfig
 from fasttrain.data.index import Index
@@ -16,7 +17,6 @@ from fasttrain.errors import UserError
 from fasttrain.generation import build_generator
 from fasttrain.run import check_identity, identity, read_run
 from fasttrain.sampling.generate import Generator
-from fasttrain.trainer import build_network
 from fasttrain.visible import decoder
 
 RAW, UNTRAINED = "raw", "untrained"

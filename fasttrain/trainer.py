@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from fasttrain.building import build_network, build_objective
 from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
 from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
-from fasttrain.diffusion.objective import Objective
+from fasttrain.engine.activity import Activity
 from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
@@ -23,8 +24,6 @@ from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.engine.updates import choose_update
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
-from fasttrain.models.implementations import Implementations
-from fasttrain.models.network import Network
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.run import check_identity, identity, resolve, write_folder
@@ -41,6 +40,7 @@ class Trainer:
         self.index = shards.index
         self.config = config = resolve(config, shards.index)
         self.processes = processes
+        self.activity = Activity()
         self.micro_batch = config.training.micro_batch_of(processes.world_size)
         self.accumulation_steps = config.training.accumulation_steps(processes.world_size)
         self.dtype = DTYPES[config.training.precision]
@@ -105,18 +105,22 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step: `global_batch` images forward and backward in micro-batches, then one update of weights and averages."""
-        training = self.config.training
+        training, step = self.config.training, self.progress.step + 1
         next_position = self.progress.position + training.global_batch
-        rate = self.config.optimizer.rate(self.progress.step + 1, training.steps)
+        rate = self.config.optimizer.rate(step, training.steps)
         self.optimizer.begin(Clock(self.progress.updates + 1, next_position, training.global_batch), rate)
         for _ in range(self.accumulation_steps):
+            self.activity.begin("data", step)
             batch = next(self.batches)
+            self.activity.begin("forward", step)
             loss = self.objective(self.engine, batch.clean, batch.labels, batch.position, dtype=self.dtype)
+            self.activity.begin("backward", step)
             self.engine.backward(loss.loss)
+            self.activity.begin("update", step)
             self.engine.step()
             self.meters.add(loss.loss, loss.by_range)
         applied = int(self.engine.was_step_applied())
-        self.progress = Progress(self.progress.step + 1, next_position, self.progress.updates + applied)
+        self.progress = Progress(step, next_position, self.progress.updates + applied)
 
     def find_checkpoint(self) -> tuple[Path, Manifest, list[str]] | None:
         """The newest checkpoint that verifies, and what was passed over. Refuses another run's before anything is written over it."""
@@ -205,30 +209,6 @@ class Trainer:
             "mfu": flops / peak if peak else None,
             "seconds_left": (self.config.training.steps - self.progress.step) * seconds / max(steps, 1),
         }
-
-
-def build_network(config: RunConfig, attention: str = "auto") -> Network:
-    """The run's network with its initial weights, the same on every rank: a function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
-
-
-def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
-    """The training objective; label dropout is off for a model without classes."""
-    d = config.diffusion
-    null_label = config.model.null_label
-    return Objective(
-        d.schedule,
-        d.prediction,
-        d.weighting,
-        d.timesteps,
-        label_drop=d.label_drop if null_label else 0.0,
-        null_label=null_label,
-        seed=seed,
-        ranges=config.log.timestep_ranges,
-        kernels=config.kernels,
-    )
 
 
 @contextmanager

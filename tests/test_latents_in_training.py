@@ -7,10 +7,10 @@ import pytest
 import torch
 from fasttrain_kernels.philox import Purpose, normal
 
+from fasttrain.building import build_objective
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.optimizer import ema_name
 from fasttrain.preview import HELD_OUT_KEY
-from fasttrain.trainer import build_objective
 from tests.ranks import run_ranks
 from tests.runs import plain_config, start, trace
 from tests.shards import write_random

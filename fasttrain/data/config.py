@@ -8,11 +8,15 @@ from pydantic import BaseModel, ConfigDict, Field
 class DataConfig(BaseModel):
     """Where the training samples come from and how they are read.
 
-    train: folder of shards. held_out: the last samples of the set, kept out of training. flip: mirror half of the visits.
+    train: folder of shards, or a URL of one (http, https, or what fsspec opens: s3, gs, hf ...), or a pattern of WebDataset shards made
+    elsewhere (`FOLDER/train-{000000..001281}.tar`, also as URLs, and `pipe:COMMAND` where `allow_pipe` says so). held_out: the last samples of the set, kept out of training. flip: mirror half of the visits.
     vae: the autoencoder (hub id or folder) that must have made the latents, and that decodes samples during training.
     normalise: latents to zero mean and unit variance by `channel`, or by the VAE's own factor as the papers did (`vae`).
     streams, window_shards: the order's locality. threads: gathering batches; 0 gathers in the caller. ahead: batches kept ready.
-    verify: compare each shard's digest once, when it is first touched.
+    verify: compare each shard's digest once, when it is first touched. max_damaged: the share of samples that may be unreadable, and be
+    replaced by others, before the run stops. size: of images of shards made elsewhere, which are cropped and resized to it.
+    cache, cache_gib: folder and bound of what is kept of remote shards and of indexes (default: $FASTTRAIN_CACHE or ~/.cache/fasttrain).
+    retry_seconds: how long a passing failure of a remote store is tried again before the run stops.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,3 +31,9 @@ class DataConfig(BaseModel):
     threads: int = Field(default=1, ge=0)
     ahead: int = Field(default=4, ge=1)
     verify: bool = True
+    max_damaged: float = Field(default=0.01, ge=0, le=1)
+    size: int | None = Field(default=None, gt=0)
+    cache: str | None = None
+    cache_gib: float = Field(default=64, gt=0)
+    retry_seconds: float = Field(default=300, ge=0)
+    allow_pipe: bool = False

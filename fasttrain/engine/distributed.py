@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ class Processes:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+    def apart(self, timeout_seconds: float) -> "Processes":
+        """The same processes with a control group of their own, so that another thread may talk beside this one. A collective."""
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_seconds))
+        return replace(self, control=group)
 
 
 class StopFlag:

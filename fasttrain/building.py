@@ -1,0 +1,32 @@
+"""The parts of a run that its config alone decides: the network with its first weights, and the training objective."""
+
+import torch
+
+from fasttrain.config import RunConfig
+from fasttrain.diffusion.objective import Objective
+from fasttrain.models.implementations import Implementations
+from fasttrain.models.network import Network
+
+
+def build_network(config: RunConfig, attention: str = "auto") -> Network:
+    """The run's network with its initial weights, the same on every rank: a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
+
+
+def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
+    """The training objective; label dropout is off for a model without classes."""
+    d = config.diffusion
+    null_label = config.model.null_label
+    return Objective(
+        d.schedule,
+        d.prediction,
+        d.weighting,
+        d.timesteps,
+        label_drop=d.label_drop if null_label else 0.0,
+        null_label=null_label,
+        seed=seed,
+        ranges=config.log.timestep_ranges,
+        kernels=config.kernels,
+    )
