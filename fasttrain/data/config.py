@@ -9,7 +9,8 @@ class DataConfig(BaseModel):
     """Where the training samples come from and how they are read.
 
     train: folder of shards, or a URL of one (http, https, or what fsspec opens: s3, gs, hf ...), or a pattern of WebDataset shards made
-    elsewhere (`FOLDER/train-{000000..001281}.tar`, also as URLs, and `pipe:COMMAND` where `allow_pipe` says so). held_out: the last samples of the set, kept out of training. flip: mirror half of the visits.
+    elsewhere (`FOLDER/train-{000000..001281}.tar`, also as URLs, and `pipe:COMMAND` where `allow_pipe` says so).
+    held_out: the last samples of the set, kept out of training. flip: mirror half of the visits.
     vae: the autoencoder (hub id or folder) that must have made the latents, and that decodes samples during training.
     normalise: latents to zero mean and unit variance by `channel`, or by the VAE's own factor as the papers did (`vae`).
     streams, window_shards: the order's locality. threads: gathering batches; 0 gathers in the caller. ahead: batches kept ready.
