@@ -10,13 +10,13 @@ class Doing(NamedTuple):
     Attributes:
         what: "starting", "data", "forward", "backward", "update", "saving", "reporting", "looking" or "resuming".
         step: the step under way, 1 for the first.
-        count: how many things came before it: the ranks of a run all do the same things in the same order, so the one behind is late.
+        number: how many things came before it: the ranks of a run all do the same things in the same order, so the one behind is late.
         since: time.monotonic() of its beginning.
     """
 
     what: str
     step: int
-    count: int
+    number: int
     since: float
 
 
@@ -28,4 +28,4 @@ class Activity:
 
     def begin(self, what: str, step: int) -> None:
         """Notes what begins now."""
-        self.now = Doing(what, step, self.now.count + 1, time.monotonic())
+        self.now = Doing(what, step, self.now.number + 1, time.monotonic())
