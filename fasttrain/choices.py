@@ -13,7 +13,7 @@ from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
 from fasttrain.models import Transformer
 from fasttrain.models.attention_choice import Shape, deterministic_choice, fastest, obstacle
-from fasttrain.registry import nearest
+from fasttrain.registry import nearest, shown
 
 DEFAULT = "default"
 
@@ -29,10 +29,10 @@ def read_kernels(given: Any) -> Kernels:
     table = dict(given) if isinstance(given, Mapping) else {DEFAULT: given}
     for operation, impl in table.items():
         if operation not in (DEFAULT, *OPERATIONS):
-            raise ValueError(f"unknown operation {operation!r}; {nearest(str(operation), (DEFAULT, *OPERATIONS))}")
+            raise ValueError(f"unknown operation {shown(operation)}; {nearest(operation, (DEFAULT, *OPERATIONS))}")
         if impl not in IMPLEMENTATIONS:
             told = "" if operation == DEFAULT else f" for {operation}"
-            raise ValueError(f"unknown implementation {impl!r}{told}; the choices are: {', '.join(IMPLEMENTATIONS)}")
+            raise ValueError(f"unknown implementation {shown(impl)}{told}; the choices are: {', '.join(IMPLEMENTATIONS)}")
     return Kernels(table.pop(DEFAULT, "auto"), table)
 
 

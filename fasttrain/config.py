@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from fasttrain_kernels.dispatch import Kernels
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,12 +19,16 @@ from fasttrain.engine.deepspeed import read_settings, zero_stage
 from fasttrain.engine.optimizer import OptimizerConfig
 from fasttrain.errors import UserError
 from fasttrain.models import MODELS, Transformer
+from fasttrain.plain_yaml import read_yaml
+from fasttrain.registry import printable, shown
+
+LONGEST_WAIT = 1e7  # seconds, four months: what the libraries beneath can hold
 
 
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class DiffusionConfig(Section):
@@ -49,14 +52,14 @@ class TrainingConfig(Section):
     non-finite steps in a row end it with a report; `checksum_every` steps the replicated weights are compared across ranks (null: never).
     """
 
-    steps: int = Field(gt=0)
-    global_batch: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
+    steps: int = Field(gt=0, le=10**12)
+    global_batch: int = Field(gt=0, le=2**20)  # so that positions stay below 2^63
+    micro_batch: int | None = Field(default=None, gt=0, le=2**20)
     precision: Literal["bf16", "fp32"] = "bf16"
     clip: float | None = Field(default=None, gt=0)
     compile: bool = False
     deterministic: bool = False
-    timeout_seconds: float = Field(default=600, gt=0)
+    timeout_seconds: float = Field(default=600, gt=0, le=LONGEST_WAIT)
     max_skipped: int = Field(default=20, gt=0)
     checksum_every: int | None = Field(default=None, gt=0)
 
@@ -89,15 +92,15 @@ class CheckpointConfig(Section):
     every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=2, ge=1)
     keep_every: int | None = Field(default=None, gt=0)
-    retry_seconds: float = Field(default=600, ge=0)
+    retry_seconds: float = Field(default=600, ge=0, le=LONGEST_WAIT)
 
 
 class SamplingConfig(Section):
     """Sample grids during training: `every` steps (null: none), with the first average's weights."""
 
     every: int | None = Field(default=None, gt=0)
-    count: int = Field(default=64, gt=0)
-    steps: int = Field(default=18, ge=2)
+    count: int = Field(default=64, gt=0, le=10_000)
+    steps: int = Field(default=18, ge=2, le=10_000)
     guidance: float = Field(default=1.0, gt=0)
 
 
@@ -109,7 +112,7 @@ class LogConfig(Section):
 
     every: int = Field(default=50, gt=0)
     held_out_every: int | None = Field(default=None, gt=0)
-    timestep_ranges: int = Field(default=10, ge=1)
+    timestep_ranges: int = Field(default=10, ge=1, le=1000)
     spike: float | None = Field(default=8.0, gt=0)
     tensorboard: bool = True
 
@@ -169,10 +172,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: no file, not YAML, or wrong contents: all mistakes in one message, each with its path and the nearest known key.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_bytes().decode()
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"the config {path} is not text in UTF-8: byte {error.start} cannot be read") from None
+    try:
+        raw = read_yaml(text)
+    except ValueError as error:
         raise UserError(f"{path} is not plain YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of sections (data, model, training ...), not {type(raw).__name__}")
@@ -195,7 +202,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     """Sets `a.b=value`; a component given by its name alone becomes a mapping when a parameter of it is set."""
     path, separator, text = override.partition("=")
     if not separator or not path:
-        raise UserError(f"override {override!r} must read key=value or section.key=value")
+        raise UserError(f"override {shown(override)} must read key=value or section.key=value")
     *parents, key = path.split(".")
     node = raw
     for parent in parents:
@@ -204,23 +211,23 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             short = DEFAULT if parent == "kernels" else "name"
             child = {short: child} if child else {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section")
+            raise UserError(f"override {shown(override)}: {printable(parent)} is not a section")
         node[parent] = dict(child)
         node = node[parent]
     try:
-        node[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML: {error}") from None
+        node[key] = read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"override {shown(override)}: the value is not YAML: {error}") from None
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:
     for mistake in error.errors():
-        path = ".".join(str(part) for part in mistake["loc"])
+        path = ".".join(printable(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
             yield f"{path}: unknown key{_hint(mistake['loc'])}"
         else:
             message = mistake["msg"].removeprefix("Value error, ")
-            given = "" if mistake["type"] in ("missing", "value_error") else f" (got {mistake['input']!r})"
+            given = "" if mistake["type"] in ("missing", "value_error") else f" (got {shown(mistake['input'])})"
             yield f"{path}: {message}{given}" if path else f"{message}{given}"
 
 
@@ -230,5 +237,5 @@ def _hint(location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         section = section.model_fields[str(part)].annotation if part in getattr(section, "model_fields", {}) else None
     known = list(getattr(section, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    close = difflib.get_close_matches(printable(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""

@@ -10,10 +10,25 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationErr
 T = TypeVar("T", bound=type)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def shown(given: Any) -> str:
+    """A value from outside as it can be printed: escaped, and cut where it is long."""
+    try:
+        text = repr(given)
+    except (ValueError, RecursionError):  # Python refuses to write integers of many thousand digits
+        text = f"a {type(given).__name__}"
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def printable(name: Any) -> str:
+    """A name from outside as it stands where it can be printed, and `shown` where it cannot or is long."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 200 else shown(name)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the closest known one, and all of them."""
     choices = sorted(known)
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(str(name)[:80], choices, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}the choices are: {', '.join(choices)}"
 
@@ -49,7 +64,7 @@ class Registry:
         Raises:
             ValueError: unknown name or parameter (with the nearest known one), or a value of the wrong type.
         """
-        given = {"name": spec} if isinstance(spec, str) else dict(spec)
+        given = {"name": spec} if not isinstance(spec, Mapping) else dict(spec)
         if not isinstance(given.get("name"), str):
             raise ValueError(f"{self.kind}: give a name, one of: {', '.join(self.names())}")
         if given["name"] in self._presets:
@@ -57,7 +72,7 @@ class Registry:
             given = {**self._presets[alias], **given}
         name = given.pop("name")
         if name not in self._classes:
-            raise ValueError(f"unknown {self.kind} {name!r}; {nearest(name, self.names())}")
+            raise ValueError(f"unknown {self.kind} {shown(name)}; {nearest(name, self.names())}")
         return self._validate(name, given)
 
     def spec(self, component: Any) -> dict[str, Any]:
@@ -77,7 +92,7 @@ class Registry:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in params:
             if key not in known:
-                raise ValueError(f"{self.kind} {name!r} has no parameter {key!r}; {nearest(key, known)}")
+                raise ValueError(f"{self.kind} {name!r} has no parameter {shown(key)}; {nearest(key, known)}")
         try:
             return TypeAdapter(cls).validate_python(params)
         except ValidationError as error:

@@ -20,21 +20,21 @@ class DataConfig(BaseModel):
     retry_seconds: how long a passing failure of a remote store is tried again before the run stops.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train: str
     vae: str | None = None
-    held_out: int = Field(default=0, ge=0)
+    held_out: int = Field(default=0, ge=0, lt=2**32)
     flip: bool = False
     normalise: Literal["channel", "vae"] = "channel"
-    streams: int = Field(default=64, ge=1)
-    window_shards: int = Field(default=4, ge=1)
-    threads: int = Field(default=1, ge=0)
-    ahead: int = Field(default=4, ge=1)
+    streams: int = Field(default=64, ge=1, le=2**20)
+    window_shards: int = Field(default=4, ge=1, le=2**20)
+    threads: int = Field(default=1, ge=0, le=256)
+    ahead: int = Field(default=4, ge=1, le=1024)
     verify: bool = True
     max_damaged: float = Field(default=0.01, ge=0, le=1)
-    size: int | None = Field(default=None, gt=0)
+    size: int | None = Field(default=None, gt=0, le=2**14)
     cache: str | None = None
-    cache_gib: float = Field(default=64, gt=0)
-    retry_seconds: float = Field(default=300, ge=0)
+    cache_gib: float = Field(default=64, gt=0, le=2**30)
+    retry_seconds: float = Field(default=300, ge=0, le=1e7)
     allow_pipe: bool = False

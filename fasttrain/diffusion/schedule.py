@@ -13,12 +13,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fasttrain.registry import Registry
+from fasttrain.registry import Registry, shown
 
 SCHEDULES = Registry("schedule")
 
 # No beta comes nearer to 1: alpha would reach 0 and the inverse of the step would not exist (Nichol and Dhariwal 2021, section 3.2).
 MAX_BETA = 0.999
+MOST_TIMESTEPS = 100_000
 
 
 class Schedule(Protocol):
@@ -65,8 +66,8 @@ class DiscreteSchedule(ABC):
     zero_terminal: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
+        if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
+            raise ValueError(f"num_timesteps must be at least 2 and at most {MOST_TIMESTEPS}, got {shown(self.num_timesteps)}")
 
     @abstractmethod
     def betas(self) -> Tensor:

@@ -4,6 +4,7 @@ Each is declared once, on x0; `prediction.weight_factor` converts it for the tar
 snr = alpha^2 / sigma^2 (squared), float64, defined at snr = 0 and at snr = inf.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,8 +29,8 @@ def signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _require_positive(gamma: float) -> None:
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, got {gamma}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
 
 
 @WEIGHTINGS.register("const")

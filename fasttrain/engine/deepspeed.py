@@ -5,40 +5,59 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fasttrain.engine.optimizer import AdamWEMA
 from fasttrain.engine.update import Borrowed
 from fasttrain.errors import UserError
-from fasttrain.registry import nearest
+from fasttrain.registry import nearest, printable, shown
 
-_ALLOWED = (
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-)
+
+class Setting(NamedTuple):
+    """What a setting may be: in words, and as a check."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+_SWITCH = Setting("true or false", lambda value: isinstance(value, bool))
+_COUNT = Setting("a whole number from 0 to 10^15", lambda value: type(value) in (int, float) and 0 <= value <= 1e15 and value == int(value))
+_SIZE = Setting("a whole number from 1 to 10^15", lambda value: _COUNT.fits(value) and value > 0)
+_MAPPING = Setting('a mapping such as {"stage": 1}', lambda value: isinstance(value, Mapping))
+_COMMS = {
+    **dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), _SWITCH),
+    "prof_ops": Setting("a list of names", lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value)),
+}
+_ALLOWED = {
+    "zero_optimization": _MAPPING,
+    "communication_data_type": Setting("fp32, bf16, fp16 or null", lambda value: value in (None, "fp32", "bf16", "fp16")),
+    "prescale_gradients": _SWITCH,
+    "gradient_predivide_factor": Setting("a number above 0", lambda value: type(value) in (int, float) and 0 < value <= 1e15),
+    "comms_logger": Setting(
+        'a mapping such as {"enabled": true}',
+        lambda value: isinstance(value, Mapping) and all(name in _COMMS and _COMMS[name].fits(each) for name, each in value.items()),
+    ),
+}
 # What training and checkpoints here are tested with.
-_ZERO_ALLOWED = (
-    "stage",
-    "offload_optimizer",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "contiguous_gradients",
-    "overlap_comm",
-    "reduce_bucket_size",
-    "reduce_scatter",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_param_persistence_threshold",
-    "stage3_prefetch_bucket_size",
-    "sub_group_size",
-)
+_ZERO_ALLOWED = {
+    "stage": Setting("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3),
+    "offload_optimizer": Setting('{"device": "cpu"} or null', lambda value: True),  # looked at on its own
+    "allgather_partitions": _SWITCH,
+    "allgather_bucket_size": _SIZE,
+    "contiguous_gradients": _SWITCH,
+    "overlap_comm": _SWITCH,
+    "reduce_bucket_size": _SIZE,
+    "reduce_scatter": _SWITCH,
+    "stage3_max_live_parameters": _COUNT,
+    "stage3_max_reuse_distance": _COUNT,
+    "stage3_param_persistence_threshold": _COUNT,
+    "stage3_prefetch_bucket_size": _COUNT,
+    "sub_group_size": _SIZE,
+}
 _ZERO_UNSUPPORTED = {
     "offload_param": "use more ranks or a higher stage",
     "round_robin_gradients": "checkpoints would name the parameters in another order",
@@ -62,25 +81,32 @@ def read_settings(given: str | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: no such file, not JSON, a key that belongs into the run's config, or an unknown key.
     """
-    settings = _read_json(Path(given)) if isinstance(given, str) else dict(given)
-    for key in settings:
+    settings = _read_json(given) if isinstance(given, str) else dict(given)
+    for key, value in settings.items():
         if key in _OWNED_BY_RUN:
             raise UserError(f"deepspeed: {key!r} conflicts with the run's config; remove it there and set {_OWNED_BY_RUN[key]} instead")
         if key not in _ALLOWED:
-            raise UserError(f"deepspeed: unknown key {key!r}; {nearest(key, _ALLOWED)}")
+            raise UserError(f"deepspeed: unknown key {shown(key)}; {nearest(key, _ALLOWED)}")
+        _check_type(key, value, _ALLOWED[key])
     _check_zero(settings.get("zero_optimization", {}))
     return settings
 
 
-def _check_zero(zero: Any) -> None:
-    if not isinstance(zero, Mapping):
-        raise UserError(f'deepspeed: zero_optimization must be a mapping such as {{"stage": 1}}, got {zero!r}')
+def _check_type(key: str, value: Any, wanted: Setting) -> None:
+    """DeepSpeed's own mistakes of type come late, and as tracebacks."""
+    if not wanted.fits(value):
+        raise UserError(f"deepspeed: {key} must be {wanted.words}, got {shown(value)}")
+
+
+def _check_zero(zero: Mapping[Any, Any]) -> None:
     for key, value in zero.items():
         if key in _ZERO_UNSUPPORTED:
             if value not in (None, False, {"device": "none"}):
                 raise UserError(f"deepspeed: zero_optimization.{key} is not supported yet: remove it; {_ZERO_UNSUPPORTED[key]}")
         elif key not in _ZERO_ALLOWED:
-            raise UserError(f"deepspeed: unknown key zero_optimization.{key}; {nearest(key, _ZERO_ALLOWED)}")
+            raise UserError(f"deepspeed: unknown key zero_optimization.{printable(key)}; {nearest(key, _ZERO_ALLOWED)}")
+        else:
+            _check_type(f"zero_optimization.{key}", value, _ZERO_ALLOWED[key])
     if zero.get("offload_optimizer") is not None:
         _check_offload(zero["offload_optimizer"], zero.get("stage", 0))
 
@@ -88,20 +114,19 @@ def _check_zero(zero: Any) -> None:
 def _check_offload(offload: Any, stage: int) -> None:
     where = "deepspeed: zero_optimization.offload_optimizer"
     if not isinstance(offload, Mapping) or offload.get("device") not in ("none", "cpu"):
-        raise UserError(f'{where} must be {{"device": "cpu"}} (no other device is supported) or {{"device": "none"}}, got {offload!r}')
-    for key in offload:
+        raise UserError(f'{where} must be {{"device": "cpu"}} (no other device is supported) or {{"device": "none"}}, got {shown(offload)}')
+    for key, value in offload.items():
         if key not in _OFFLOAD_ALLOWED:
-            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, _OFFLOAD_ALLOWED)}")
+            raise UserError(f"{where}: unknown key {shown(key)}; {nearest(key, _OFFLOAD_ALLOWED)}")
+        if key == "pin_memory":
+            _check_type("zero_optimization.offload_optimizer.pin_memory", value, _SWITCH)
     if offload["device"] == "cpu" and stage == 0:
         raise UserError(f"{where} needs ZeRO: set zero_optimization.stage to 1, 2 or 3, or remove it")
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
     """The ZeRO stage that these settings ask for, 0 to 3."""
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"deepspeed: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
-    return int(stage)
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:
@@ -227,13 +252,24 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(given: str) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
+        content = Path(given).read_bytes()
     except FileNotFoundError:
-        raise UserError(f"deepspeed: no file {path}; give the path of a JSON file such as configs/deepspeed/zero1.json") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"deepspeed: {path} is not JSON: {error}") from None
+        raise UserError(f"deepspeed: no file {printable(given)}; give the path of one such as configs/deepspeed/zero1.json") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"deepspeed: cannot read {printable(given)}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        settings = json.loads(content, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"deepspeed: {given} is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path} must hold an object")
+        raise UserError(f"deepspeed: {given} must hold an object")
     return settings
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"a key is given twice in the object of {', '.join(map(shown, made))}")
+    return made

@@ -22,7 +22,7 @@ class EmaConfig(BaseModel):
     half-life of B ln 2 / -ln d.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     half_life: float = Field(gt=0)
     ramp: float | None = Field(default=0.05, gt=0)
@@ -36,7 +36,7 @@ class EmaConfig(BaseModel):
 class OptimizerConfig(BaseModel):
     """AdamW, its learning rate over the run, and the averages it keeps. The defaults are the Min-SNR paper's."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.99, 0.99)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from fasttrain.errors import UserError
 from fasttrain.models.implementations import AUTOMATIC, Implementations
 from fasttrain.models.network import Network
-from fasttrain.registry import Registry
+from fasttrain.registry import Registry, shown
 
 MODELS = Registry("model")
+LARGEST, DEEPEST, MOST_ROWS = 1 << 16, 1000, 10_000_000  # beyond any model: what lies above is a slip of the pen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,11 @@ class Transformer(ABC):
     def __post_init__(self) -> None:
         for key in ("input_size", "channels", "patch", "depth", "width", "heads"):
             value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key} must be at least 1, not {value}")
-        if self.num_classes is not None and self.num_classes < 0:
-            raise ValueError(f"model.num_classes must be 0 (unconditional) or more, not {self.num_classes}")
+            most = DEEPEST if key == "depth" else LARGEST
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"model.{key} must be at least 1{f' and at most {most}' if value > most else ''}, not {shown(value)}")
+        if self.num_classes is not None and not 0 <= self.num_classes <= MOST_ROWS:
+            raise ValueError(f"model.num_classes must be 0 (unconditional) or more, at most {MOST_ROWS}, not {shown(self.num_classes)}")
         if self.width % self.heads:
             raise ValueError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
         if self.input_size is not None and self.input_size % self.patch:

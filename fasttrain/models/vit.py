@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.models import flops
-from fasttrain.models.architecture import MODELS, Transformer
+from fasttrain.models.architecture import MODELS, MOST_ROWS, Transformer
 from fasttrain.models.attention import QvBiasAttention, Rotation
 from fasttrain.models.embeddings import AxialRotation, look_up
 from fasttrain.models.implementations import AUTOMATIC, Implementations
 from fasttrain.models.layers import AffineNorm, Fp32Linear, Mlp, PatchEmbed, check_input, unpatchify
 from fasttrain.models.network import Network, run_block
+from fasttrain.registry import shown
 
 
 @MODELS.register("vit")
@@ -36,8 +37,8 @@ class ViT(Transformer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_timesteps < 1:
-            raise ValueError(f"model.num_timesteps must be at least 1, not {self.num_timesteps}")
+        if not 1 <= self.num_timesteps <= MOST_ROWS:
+            raise ValueError(f"model.num_timesteps must be at least 1 and at most {MOST_ROWS}, not {shown(self.num_timesteps)}")
 
     @property
     def extra_tokens(self) -> int:

@@ -55,7 +55,7 @@ def test_what_belongs_elsewhere_is_refused(settings, message):
 
 def test_a_stage_that_is_none():
     with pytest.raises(UserError, match=r"stage must be 0, 1, 2 or 3, got 4"):
-        zero_stage({"zero_optimization": {"stage": 4}})
+        read_settings({"zero_optimization": {"stage": 4}})
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "no file"), ("{", "is not JSON"), ("[1]", "must hold an object")])
