@@ -28,3 +28,9 @@ class DivergedError(UserError):
     """Training cannot go on from these numbers: told in one message with the report's file; restarting repeats it."""
 
     status = Status.DIVERGED
+
+
+class CorruptedError(UserError):
+    """Ranks that must hold the same hold something else: starting again from the checkpoint before mends it."""
+
+    status = Status.RESTART

@@ -1,14 +1,13 @@
 """What a run tells while it runs: meters on the device, and their ways out: a progress bar or plain lines, JSONL, TensorBoard."""
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,45 +15,66 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fasttrain.engine.distributed import Processes
+from fasttrain.lines import Lines
+from fasttrain.stragglers import told
 
 # Dense bf16 TFLOP/s of the datasheets: what MFU is a share of.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 class Meters:
-    """Sums over an interval, kept on the device: the host reads them only when `reduce` is called.
+    """The losses of an interval, kept on the device: the host reads them only when `reduce` is called.
 
     Args:
         ranges: how many equal ranges of timesteps the unweighted loss is told apart in.
         num_timesteps: T.
+        accumulation_steps: micro-batches of a step.
     """
 
-    def __init__(self, processes: Processes, ranges: int, num_timesteps: int):
+    def __init__(self, processes: Processes, ranges: int, num_timesteps: int, accumulation_steps: int = 1):
         self._processes = processes
         # t lies in range floor(t ranges / T): each begins at the first t that is not below its share.
         edges = [-(-i * num_timesteps // ranges) for i in range(ranges + 1)]
-        self._names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
-        self._start()
-
-    def _start(self) -> None:
-        device = self._processes.device
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._by_range = torch.zeros(len(self._names), 2, dtype=torch.float64, device=device)
-        self._count = 0
+        self.names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
+        self._accumulation_steps = accumulation_steps
+        self._losses: list[Tensor] = []
+        self._by_range: list[Tensor] = []
 
     def add(self, loss: Tensor, by_range: Tensor) -> None:
         """One micro-batch: its loss [], and for each range the sum of its samples' unweighted losses and their count [ranges, 2]."""
-        self._loss += loss.detach()
-        self._by_range += by_range
-        self._count += 1
+        self._losses.append(loss.detach())
+        self._by_range.append(by_range)
+
+    def last_step(self) -> tuple[list[float], list[list[float]]]:
+        """This process's losses of the last step's micro-batches, and its sums and counts by range. A host sync."""
+        last = slice(-self._accumulation_steps, None)
+        return torch.stack(self._losses[last]).tolist(), torch.stack(self._by_range[last]).double().sum(0).tolist()
 
     def reduce(self) -> dict[str, Any]:
-        """Mean loss, and unweighted loss by timestep range (None where none was drawn), over all processes; starts a new interval."""
-        total = torch.stack([self._loss, torch.full_like(self._loss, self._count)])
-        sums = self._processes.sum(torch.cat([total[None], self._by_range])).tolist()
-        self._start()
-        loss, *means = [total / count if count else None for total, count in sums]
-        return {"loss": loss, "mse_by_timestep": dict(zip(self._names, means, strict=True))}
+        """What the interval's steps lost, over all processes; starts a new interval.
+
+        `losses` has each step's; `loss` is their mean, and `mse_by_timestep` the mean unweighted loss by timestep range (None where none
+        was drawn): both without what was not finite, which `skipped` counts.
+        """
+        if not self._losses:
+            return {"loss": None, "losses": [], "mse_by_timestep": dict.fromkeys(self.names)}
+        losses, by_range = torch.stack(self._losses).double(), torch.stack(self._by_range).double()
+        rows = torch.cat([losses[:, None], by_range.flatten(1)], dim=1).view(-1, self._accumulation_steps, 1 + by_range[0].numel()).sum(1)
+        self._losses, self._by_range = [], []
+        table = self._processes.sum(rows).tolist()
+        batches = self._accumulation_steps * self._processes.world_size
+        per_step = [row[0] / batches for row in table]
+        fine = [loss for loss in per_step if math.isfinite(loss)]
+        return {"loss": math.fsum(fine) / len(fine) if fine else math.nan, "losses": per_step, "mse_by_timestep": self.means(table)}
+
+    def means(self, rows: list[list[float]]) -> dict[str, float | None]:
+        """Mean by range from rows of [loss, sum, count, sum, count ...], the sums that are not finite left out."""
+        means: dict[str, float | None] = {}
+        for i, name in enumerate(self.names):
+            drawn = [(row[1 + 2 * i], row[2 + 2 * i]) for row in rows if math.isfinite(row[1 + 2 * i])]
+            count = sum(count for _, count in drawn)
+            means[name] = math.fsum(total for total, _ in drawn) / count if count else None
+        return means
 
 
 class Stopwatch:
@@ -98,7 +118,7 @@ class Reporter:
         self._console = Console(stderr=False, quiet=not self._main, highlight=False, soft_wrap=True)
         self._total = total_steps
         self._bar: Progress | None = None
-        self._jsonl = _continued(run_dir / "metrics.jsonl") if self._main else None
+        self._jsonl = Lines(run_dir / "metrics.jsonl") if self._main else None
         self._board = _summary_writer(run_dir / "tensorboard") if self._main and tensorboard else None
 
     def __enter__(self) -> "Reporter":
@@ -136,19 +156,24 @@ class Reporter:
         self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A record to JSONL and TensorBoard only. JSON knows no NaN: a non-finite number becomes its name."""
+        """A record to JSONL and TensorBoard only. A disk that takes no more is told once, and training goes on."""
         if self._jsonl is not None:
-            self._jsonl.write(json.dumps(_jsonable(record)) + "\n")
+            before = self._jsonl.problem
+            self._jsonl.write(record)
+            if self._jsonl.problem and not before:
+                self.say(f"metrics.jsonl cannot be written: {self._jsonl.problem}; training goes on, and its records wait in memory")
         if self._board is not None:
-            for name, value in _flat(record):
-                self._board.add_scalar(name, value, record["step"])
+            try:
+                for name, value in _flat(record):
+                    self._board.add_scalar(name, value, record["step"])
+            except OSError as error:
+                self._board = None
+                self.say(f"TensorBoard's file cannot be written: {error}; training goes on without it")
 
-
-def _continued(path: Path) -> TextIO:
-    """A file of lines, to be appended to; half a line that a kill or a full disk left at its end is cut away."""
-    file = path.open("a", buffering=1)
-    file.truncate(path.read_bytes().rfind(b"\n") + 1)
-    return file
+    def forget_after(self, step: int) -> None:
+        """Takes back the records of steps that a resumed run takes again."""
+        if self._jsonl is not None:
+            self._jsonl.forget_after(step)
 
 
 def _summary(record: dict[str, Any], total: int) -> str:
@@ -160,6 +185,8 @@ def _summary(record: dict[str, Any], total: int) -> str:
         parts.append(f"MFU {record['mfu']:.1%}")
     if record.get("skipped"):
         parts.append(f"{record['skipped']} steps skipped")
+    if slow := told(record.get("slowest")):
+        parts.append(slow)
     parts.append(f"{_duration(record['seconds_left'])} left")
     return f"step {record['step']}/{total}: " + ", ".join(parts)
 
@@ -168,12 +195,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

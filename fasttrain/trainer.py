@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,16 +17,21 @@ from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.activity import Activity
+from fasttrain.engine.checksum import differing
 from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.engine.updates import choose_update
+from fasttrain.errors import CorruptedError
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.run import check_identity, identity, resolve, write_folder
+from fasttrain.skipping import Skips, with_its_gradient
+from fasttrain.spikes import Spikes, recent_losses
+from fasttrain.stragglers import Pace
 from fasttrain.visible import decoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,7 +77,9 @@ class Trainer:
         )
         self.state = TrainingState(self.engine, config.zero_stage, processes)
         self.checkpoints = Checkpoints(config.run_dir, processes, config.checkpoint.keep_last)
-        self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps)
+        self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
+        self.pace = Pace(processes)
+        self.spikes = Spikes(config.log.spike)
         self.progress = Progress()
         self.saved_step: int | None = None
         self._reported_step = 0
@@ -89,38 +96,60 @@ class Trainer:
             stack.enter_context(_stopped_by_signals(stop))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
+            self.skips = stack.enter_context(closing(Skips(config, self.processes)))
             self.resume(reporter, found)
+            self._forget_later(reporter)
             if config.training.compile:
                 self.engine.compile()
             self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)
             watch, stopped = Stopwatch(), False
             while self.progress.step < config.training.steps and not stopped:
-                self.train_step()
+                taken = self.train_step()
                 profiler.step()
                 reporter.advance(self.progress.step)
                 stopped = stop.poll()
-                self._after_step(reporter, watch, stopped)
+                self._after_step(reporter, watch, stopped, taken)
             stop.close()
             return not stopped
 
-    def train_step(self) -> None:
-        """One optimizer step: `global_batch` images forward and backward in micro-batches, then one update of weights and averages."""
+    def train_step(self) -> bool:
+        """One optimizer step: `global_batch` images forward and backward in micro-batches, then one update of weights and averages.
+
+        Returns whether it was taken: a loss or gradient that is not finite on any rank leaves everything as it was, on all ranks.
+        """
         training, step = self.config.training, self.progress.step + 1
         next_position = self.progress.position + training.global_batch
         rate = self.config.optimizer.rate(step, training.steps)
         self.optimizer.begin(Clock(self.progress.updates + 1, next_position, training.global_batch), rate)
-        for _ in range(self.accumulation_steps):
-            self.activity.begin("data", step)
+        for remaining in reversed(range(self.accumulation_steps)):
+            self._begin("data", step)
             batch = next(self.batches)
-            self.activity.begin("forward", step)
+            self._begin("forward", step)
             loss = self.objective(self.engine, batch.clean, batch.labels, batch.position, dtype=self.dtype)
-            self.activity.begin("backward", step)
-            self.engine.backward(loss.loss)
-            self.activity.begin("update", step)
+            self._begin("backward", step)
+            self.engine.backward(with_its_gradient(loss.loss))
+            self._begin("update", step)
+            if not remaining:
+                self.before_update(step)
             self.engine.step()
             self.meters.add(loss.loss, loss.by_range)
-        applied = int(self.engine.was_step_applied())
-        self.progress = Progress(step, next_position, self.progress.updates + applied)
+        self.pace.end_step()
+        taken = bool(self.engine.was_step_applied())
+        self.progress = Progress(step, next_position, self.progress.updates + taken)
+        return taken
+
+    def before_update(self, step: int) -> None:
+        """Compares what the step was computed with over the ranks, every so often: ZeRO 1 and 2 write it anew in the update."""
+        if self.config.training.checksum_every and step % self.config.training.checksum_every == 0:
+            self._check_replicas(step)
+
+    def _check_replicas(self, step: int) -> None:
+        if told := differing(self.processes, self.state.replicated()):
+            raise CorruptedError(f"at step {step} {told}; nothing is saved: start the same command again, from the checkpoint before")
+
+    def _begin(self, what: str, step: int) -> None:
+        self.activity.begin(what, step)
+        self.pace.mark(what)
 
     def find_checkpoint(self) -> tuple[Path, Manifest, list[str]] | None:
         """The newest checkpoint that verifies, and what was passed over. Refuses another run's before anything is written over it."""
@@ -147,6 +176,8 @@ class Trainer:
     def save(self) -> None:
         """Commits a checkpoint of this step, once."""
         if self.saved_step != self.progress.step:
+            if self.config.training.checksum_every:
+                self._check_replicas(self.progress.step)
             self.checkpoints.save(self.state, self.progress, self.identity, self.config.zero_stage)
             self.saved_step = self.progress.step
 
@@ -164,12 +195,27 @@ class Trainer:
             f"optimizer: {self.optimizer.update.describe()}{rounding}{compiled}{same}"
         )
 
-    def _after_step(self, reporter: Reporter, watch: Stopwatch, stopped: bool) -> None:
+    def _forget_later(self, reporter: Reporter) -> None:
+        """Takes back what was written of steps that are taken again now, and looks at the losses before them."""
+        self.skips.resume(self.progress.step)
+        reporter.forget_after(self.progress.step)
+        if self.processes.is_main:  # which alone tells of spikes
+            before = recent_losses(self.config.run_dir / "metrics.jsonl", self.progress.step)
+            self.spikes = Spikes(self.config.log.spike, before)
+
+    def _after_step(self, reporter: Reporter, watch: Stopwatch, stopped: bool, taken: bool) -> None:
         step, config = self.progress.step, self.config
         finished = step == config.training.steps
         last = stopped or finished
+        if taken:
+            self.skips.taken()
+        else:
+            first = self.progress.position - config.training.global_batch
+            reporter.say(self.skips.note(step, first, gradient_norm(self.engine), self.meters))
         if last or step % config.log.every == 0:
-            reporter.report(self._record(watch))
+            record = self._record(watch)
+            reporter.report(record)
+            self._tell_spikes(reporter, record["losses"])
         with watch.pause():
             if last or step % config.checkpoint.every == 0:
                 self.save()
@@ -178,6 +224,14 @@ class Trainer:
             grid = config.sampling.every and (finished or step % config.sampling.every == 0)
             if (held_out or grid) and not stopped:
                 self._look(reporter, bool(held_out), bool(grid))
+
+    def _tell_spikes(self, reporter: Reporter, losses: list[float]) -> None:
+        """Flags steps of the interval whose loss stands out, each with its first position, so that it can be looked at again."""
+        step, batch = self.progress.step, self.config.training.global_batch
+        for spike in self.spikes.judge(step - len(losses) + 1, losses):
+            position = self.progress.position - (step - spike.step + 1) * batch
+            reporter.say(spike.told(position, batch, self.config.run_dir))
+            reporter.write({"step": spike.step, "position": position, "spike": {"loss": spike.loss, "deviations": spike.deviations}})
 
     def _look(self, reporter: Reporter, held_out: bool, grid: bool) -> None:
         self.preview.load(self.state.full(ema_name(0)))
@@ -202,6 +256,7 @@ class Trainer:
         return {
             **dataclasses.asdict(self.progress),
             **sums,
+            **self.pace.report(seconds / max(steps, 1)),
             "grad_norm": gradient_norm(self.engine),
             "learning_rate": self.config.optimizer.rate(self.progress.step, self.config.training.steps),
             "skipped": self.progress.step - self.progress.updates,

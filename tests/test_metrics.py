@@ -35,7 +35,7 @@ def test_means_are_over_all_ranks_and_by_timestep(world_size):
     for first, second in run_ranks(world_size, _metered):
         assert first["loss"] == 3.0
         assert first["mse_by_timestep"] == {"0-249": 3.0, "250-499": 8.5, "500-749": None, "750-999": pytest.approx(26 / 3)}
-        assert second == {"loss": None, "mse_by_timestep": dict.fromkeys(first["mse_by_timestep"])}
+        assert second == {"loss": None, "losses": [], "mse_by_timestep": dict.fromkeys(first["mse_by_timestep"])}
 
 
 @pytest.mark.parametrize(("ranges", "num_timesteps"), [(3, 1000), (7, 50), (10, 1000), (1, 2)])
@@ -43,17 +43,17 @@ def test_ranges_are_named_by_the_timesteps_that_the_objective_counts_in_them(ran
     counted: dict[int, list[int]] = {r: [] for r in range(ranges)}
     for t in range(num_timesteps):
         counted[t * ranges // num_timesteps].append(t)
-    names = list(Meters(alone, ranges, num_timesteps)._names)
+    names = list(Meters(alone, ranges, num_timesteps).names)
     assert names == [f"{timesteps[0]}-{timesteps[-1]}" for timesteps in counted.values()]
 
 
 def test_sums_of_many_micro_batches_are_kept_in_float64(alone: Processes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Processes, "sum", lambda self, values: values)
-    meters = Meters(alone, 1, 1000)
+    meters = Meters(alone, 1, 1000, accumulation_steps=4)
     meters.add(torch.tensor(2.0**25), torch.tensor([[2.0**25, 1.0]]))
     for _ in range(3):
         meters.add(torch.tensor(1.0), torch.tensor([[1.0, 0.0]]))
-    assert meters.reduce() == {"loss": (2**25 + 3) / 4, "mse_by_timestep": {"0-999": 2**25 + 3.0}}
+    assert meters.reduce() == {"loss": (2**25 + 3) / 4, "losses": [(2**25 + 3) / 4], "mse_by_timestep": {"0-999": 2**25 + 3.0}}
 
 
 @pytest.fixture

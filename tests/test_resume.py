@@ -85,7 +85,7 @@ def _same_bits(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[st
 
 def _losses_after(run_dir: Path, step: int) -> dict[int, Any]:
     """The last record of each later step, without what a clock decides."""
-    timed = ("images_per_second", "seconds_left")
+    timed = ("images_per_second", "seconds_left", "data_wait", "slowest")
     return {r["step"]: {key: value for key, value in r.items() if key not in timed} for r in _records(run_dir) if r["step"] > step}
 
 

@@ -65,6 +65,13 @@ class TrainingState:
             mine.setdefault(fragment.name, []).append(fragment)
         return {name: self._gather(mine.get(name, []), key, shape) for name, shape in self.shapes.items()}
 
+    def replicated(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What every rank holds alike, by name: what the model computes with, and at stage 0 the whole state. Not at stage 3."""
+        yield from self._engine.module.named_parameters()
+        yield from self._engine.module.named_buffers()
+        if self._stage == 0:
+            yield from ((f"{fragment.name} ({key})", view) for fragment in self.fragments for key, view in fragment.state.items())
+
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Brings the weights that the model computes with in line with masters that were written to. A collective."""
