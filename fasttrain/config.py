@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fasttrain_kernels.dispatch import Kernels
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
@@ -133,6 +133,14 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     log: LogConfig = LogConfig()
     deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
+
+    @field_validator("run_dir", mode="before")
+    @classmethod
+    def _is_a_path(cls, given: Any) -> Any:
+        """An empty name would mean the folder one stands in; and no file system takes a NUL."""
+        if isinstance(given, str) and not (given.strip() and given.isprintable()):
+            raise ValueError(f"give a folder's name in printable characters, not {shown(given)}")
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fasttrain.building import build_objective
+from fasttrain.choices import check_kernels
 from fasttrain.config import RunConfig
-from fasttrain.data.loader import training_loader
+from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.deepspeed import offloads
 from fasttrain.models.flops import TRAINING
@@ -25,7 +26,10 @@ def dry_run(config: RunConfig) -> None:
     shards = ShardSet.open(config.data.train, config.data.verify)
     config = resolve(config, shards.index)
     seed = torch.tensor(config.seed)
+    check_kernels(config.kernels, seed)
     build_objective(config, seed)
+    if config.log.held_out_every:
+        held_out_loader(config.data, shards, seed).close()
     accumulation_steps, micro_batch = config.training.accumulation_steps(world_size), config.training.micro_batch_of(world_size)
     parameters = count_parameters(config.model)
     forward = config.model.flops_per_image()

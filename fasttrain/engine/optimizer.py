@@ -38,10 +38,10 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1e3)
     betas: tuple[float, float] = (0.99, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.03, ge=0)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1e3)  # the arithmetic is fp32
+    weight_decay: float = Field(default=0.03, ge=0, le=1e3)
     warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
     ema: tuple[EmaConfig, ...] = (EmaConfig(half_life=1_774_000),)
