@@ -13,6 +13,11 @@ class ShardFiles(Protocol):
         """The folder or URL, as a message names it: without user, password or query."""
         ...
 
+    @property
+    def most_held(self) -> int | None:
+        """Bytes of files that one process may hold at a time, between `path` and `release`, if there is a bound. One file it always may."""
+        ...
+
     def path(self, name: str) -> Path:
         """A whole local file of this name, fetched first where that is needed. It stays until `release`.
 
@@ -30,6 +35,13 @@ class ShardFiles(Protocol):
         """Says that no mapping of this file is open here any more, so that a cache may drop it."""
         ...
 
+    def renew(self, name: str) -> bool:
+        """Says that this file's content is not what it should be; returns whether `path` will now give another copy.
+
+        A copy in a cache is fetched anew, a few times; where that gives the same, the store's own file is damaged.
+        """
+        ...
+
     def close(self) -> None:
         """Ends what fetches ahead and gives back what is held."""
         ...
@@ -45,6 +57,10 @@ class LocalFiles:
     def place(self) -> str:
         return str(self.folder)
 
+    @property
+    def most_held(self) -> None:
+        return None
+
     def path(self, name: str) -> Path:
         path = self.folder / name
         if not path.is_file():
@@ -56,6 +72,9 @@ class LocalFiles:
 
     def release(self, name: str) -> None:
         """Files that are here are in no cache."""
+
+    def renew(self, name: str) -> bool:
+        return False
 
     def close(self) -> None:
         """Nothing is held."""
