@@ -29,11 +29,14 @@ from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.run import check_identity, identity, resolve, write_folder
+from fasttrain.saving import Saver
 from fasttrain.skipping import Skips, with_its_gradient
 from fasttrain.spikes import Spikes, recent_losses
 from fasttrain.stragglers import Pace
 from fasttrain.visible import decoder
 
+# Launchers kill half a minute after they asked for a stop.
+SECONDS_AT_A_STOP = 20.0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -76,7 +79,8 @@ class Trainer:
             whole=self.network.block_type if config.training.compile else None,
         )
         self.state = TrainingState(self.engine, config.zero_stage, processes)
-        self.checkpoints = Checkpoints(config.run_dir, processes, config.checkpoint.keep_last)
+        self.checkpoints = Checkpoints(config.run_dir, processes)
+        self.saver = Saver(config.run_dir, processes, config.checkpoint, config.training.timeout_seconds)
         self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
         self.pace = Pace(processes)
         self.spikes = Spikes(config.log.spike)
@@ -93,6 +97,7 @@ class Trainer:
         with ExitStack() as stack:
             reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
             stack.callback(self.loader.close)
+            stack.callback(self.saver.close)
             stack.enter_context(_stopped_by_signals(stop))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
@@ -169,16 +174,17 @@ class Trainer:
         for damaged in passed_over:
             reporter.say(f"passed over a damaged checkpoint: {damaged}")
         self.checkpoints.load(self.state, folder, manifest)
+        self.saver.continue_from(folder)
         self.progress = manifest.progress
         self.saved_step = self._reported_step = self.progress.step
         reporter.say(f"continuing from {folder.name} in {self.config.run_dir}")
 
     def save(self) -> None:
-        """Commits a checkpoint of this step, once."""
+        """Begins to save this step, once: training goes on when its state is copied."""
         if self.saved_step != self.progress.step:
             if self.config.training.checksum_every:
                 self._check_replicas(self.progress.step)
-            self.checkpoints.save(self.state, self.progress, self.identity, self.config.zero_stage)
+            self.saver.begin(self.state, self.progress, self.identity, self.config.zero_stage)
             self.saved_step = self.progress.step
 
     def _means(self) -> str:
@@ -219,6 +225,10 @@ class Trainer:
         with watch.pause():
             if last or step % config.checkpoint.every == 0:
                 self.save()
+            if last:
+                self.saver.finish(SECONDS_AT_A_STOP if stopped else None)
+            for told in self.saver.poll():
+                reporter.say(told)
             # Who asks for a stop does not wait for pictures: launchers kill after half a minute.
             held_out = config.log.held_out_every and (finished or step % config.log.held_out_every == 0)
             grid = config.sampling.every and (finished or step % config.sampling.every == 0)

@@ -99,6 +99,7 @@ def trace(processes: Processes, raw: dict[str, Any], steps: int, save: bool = Fa
         trainer.train_step()
     if save:
         trainer.save()
+        trainer.saver.finish()
     trainer.loader.close()
     per_step = torch.tensor(recorder.losses, dtype=torch.float64).view(steps, -1).mean(dim=1)
     losses = (processes.sum(per_step) / processes.world_size).tolist()

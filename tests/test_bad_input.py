@@ -271,9 +271,9 @@ def test_no_space_for_a_checkpoint_leaves_the_one_before(disk, trained):
     folder = disk(8 << 20)
     shutil.copytree(trained.parent / "run", folder / "run")
     before = contents(folder / "run" / "checkpoints")
-    size = Manifest.read(folder / "run" / "checkpoints" / "step-00000003").files["rank-00000.safetensors"]["bytes"]
+    size = Manifest.read(folder / "run" / "checkpoints" / "step-00000003").files["rank-00000.safetensors"].bytes
     ballast = fill(folder, size // 2)
-    command = ("train", trained, f"run_dir={folder / 'run'}", "training.steps=5", "checkpoint.every=1")
+    command = ("train", trained, f"run_dir={folder / 'run'}", "training.steps=5", "checkpoint.every=1", "checkpoint.retry_seconds=0")
     assert_one_message(fasttrain(*command), "no checkpoint of step 4 was saved; those before it are intact", "make room")
     assert contents(folder / "run" / "checkpoints") == before
     ballast.unlink()
@@ -291,13 +291,14 @@ def test_no_space_for_a_new_run(disk, trained):
 
 
 def test_no_space_in_the_middle_of_training(disk, trained):
-    """The run's records outgrow the disk: it ends, and goes on from its checkpoint once there is room."""
+    """Records wait for room, and the last save does too: then the run ends, and goes on from its checkpoint once there is room."""
     folder = disk(8 << 20)
     shutil.copytree(trained.parent / "run", folder / "run")
     before = contents(folder / "run" / "checkpoints")
     ballast = fill(folder, 4096)
-    command = ("train", trained, f"run_dir={folder / 'run'}", "training.steps=40", "checkpoint.every=100")
-    assert_one_message(fasttrain(*command), "no space left", "free some and run the same command again")
+    command = ("train", trained, f"run_dir={folder / 'run'}", "training.steps=40", "checkpoint.every=100", "checkpoint.retry_seconds=1")
+    told = "no checkpoint of step 40 was saved; those before it are intact (the newest is step-00000003)"
+    assert_one_message(fasttrain(*command), told, "No space left on device; make room")
     assert contents(folder / "run" / "checkpoints") == before
     ballast.unlink()
     done = fasttrain(*command)

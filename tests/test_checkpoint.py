@@ -40,7 +40,7 @@ def _load_all(processes: Processes, raws: list[dict[str, Any]]) -> list[Any]:
 
 
 def _raw(folder: Path, digits: Path, stage: int, precision: str) -> dict[str, Any]:
-    return plain_config(folder, digits, deepspeed=zero(stage), training={"precision": precision})
+    return plain_config(folder, digits, deepspeed=zero(stage), training={"precision": precision}, checkpoint={"retry_seconds": 0})
 
 
 @pytest.mark.parametrize(("saved_stage", "saved_world", "precision"), [(1, 2, "fp32"), (3, 4, "fp32"), (2, 3, "bf16"), (0, 2, "bf16")])
@@ -169,10 +169,11 @@ def test_unfinished_checkpoints_are_not_looked_at(saved: Path, digits: Path, tmp
 
 def _save_steps(processes: Processes, raw: dict[str, Any], steps: list[int], keep_last: int) -> None:
     trainer = start(processes, raw)
-    trainer.checkpoints._keep_last = keep_last
+    trainer.saver._config = trainer.config.checkpoint.model_copy(update={"keep_last": keep_last})
     for step in steps:
         trainer.progress = dataclasses.replace(trainer.progress, step=step)
         trainer.save()
+        trainer.saver.finish()
     trainer.loader.close()
 
 
@@ -201,6 +202,7 @@ def _save_where_no_folder_can_be(processes: Processes, raw: dict[str, Any]) -> s
         trainer.checkpoints.folder.write_text("a file in the way")
     try:
         trainer.save()
+        trainer.saver.finish()
     except UserError as error:
         return str(error)
     finally:
@@ -241,6 +243,7 @@ def _save_non_finite(processes: Processes, raw: dict[str, Any]) -> str:
     trainer.progress = dataclasses.replace(trainer.progress, step=9)
     try:
         trainer.save()
+        trainer.saver.finish()
     except UserError as error:
         return str(error)
     finally:

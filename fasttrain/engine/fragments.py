@@ -89,11 +89,6 @@ class TrainingState:
             if optimizer.persistent_parameters:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
-    def is_finite(self) -> bool:
-        """Whether every element of this rank's share is finite; one host sync."""
-        norms = [tensor.abs().amax() for fragment in self.owned() for tensor in fragment.state.values()]
-        return not norms or bool(torch.isfinite(torch.stack(norms)).all())
-
     def _views(self, flat: torch.Tensor, pieces: list[tuple[torch.Tensor, int, int, int]]) -> Iterator[Fragment]:
         sources = {MASTER: flat.data, **self._optimizer.state[flat]}
         for parameter, start, offset, numel in pieces:
