@@ -1,4 +1,4 @@
-"""The command line: `fasttrain prepare | train | sample | evaluate | export | doctor`."""
+"""The command line: `fasttrain prepare | train | replay | sample | evaluate | export | doctor`."""
 
 import argparse
 import errno
@@ -15,7 +15,9 @@ COMMANDS = {
     "sample": ("fasttrain.commands.sample", "draw images from a run"),
     "evaluate": ("fasttrain.commands.evaluate", "score a run against real images"),
     "export": ("fasttrain.commands.export", "write a run's weights as one safetensors file"),
+    "replay": ("fasttrain.commands.replay", "take one step of a run again, and tell everything about it"),
     "doctor": ("fasttrain.commands.doctor", "tell what this machine has, and what training here will use"),
+    "supervise": ("fasttrain.commands.supervise", "run a launcher's command, and start it again when a process, node or link was lost"),
 }
 SOURCES = {
     "digits": ("fasttrain.data.prepare.digits", "scikit-learn's 1,797 handwritten digits"),
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     args = _parse(given)
     try:
-        importlib.import_module(args.module).run(args)
+        status = importlib.import_module(args.module).run(args)
     except (UserError, OSError) as error:
         told = _told(error)
         if args.debug or told is None:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not getattr(error, "told_elsewhere", os.environ.get("RANK", "0") != "0"):
             print(f"fasttrain: {told}", file=sys.stderr)
         return getattr(error, "status", Status.USER_ERROR)
-    return Status.DONE
+    return Status.DONE if status is None else status
 
 
 def _told(error: UserError | OSError) -> str | None:
@@ -68,10 +70,18 @@ def _without_local_rank(arguments: Sequence[str]) -> list[str]:
     """The launchers put `--local_rank=N` before the sub-command; what it says is in the environment as well."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
-    known, rest = launcher.parse_known_args(arguments)
+    own, behind = _divided(arguments)
+    known, rest = launcher.parse_known_args(own)
     if known.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(known.local_rank))
-    return rest
+    return rest + behind
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and from `--` on those of a command that is only passed on."""
+    given = list(arguments)
+    end = given.index("--") if "--" in given else len(given)
+    return given[:end], given[end:]
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
@@ -81,9 +91,10 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn images into shards")
     sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    own, _ = _divided(given)
     for group, entries in ((commands, COMMANDS), (sources, SOURCES)):
         for name, (module, told) in entries.items():
-            _add(group.add_parser(name, help=told, description=told), module, wanted=name in given)
+            _add(group.add_parser(name, help=told, description=told), module, wanted=name in own)
     return parser
 
 
