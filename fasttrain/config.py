@@ -202,7 +202,11 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{source}:\n" + "\n".join(f"  {line}" for line in _mistakes(error))) from None
-    zero_stage(config.deepspeed_settings())
+    if zero_stage(config.deepspeed_settings()) == 3 and config.training.checksum_every:
+        raise UserError(
+            f"{source}: training.checksum_every compares weights that every rank holds, and ZeRO 3 holds each only once: "
+            "leave it out, or set zero_optimization.stage to 2"
+        )
     return config
 
 

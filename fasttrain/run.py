@@ -3,13 +3,15 @@
 RUN/config.yaml        the resolved config of the last start      RUN/checkpoints/   see checkpoint.py
 RUN/environment.json   versions, devices, processes               RUN/samples/       grids drawn during training
 RUN/data.json          the index of the training shards           RUN/tensorboard/   the reports for TensorBoard
-RUN/metrics.jsonl      one record a report
+RUN/metrics.jsonl      one record a report                        RUN/skipped.jsonl  steps that were not finite; see skipping.py
+RUN/diverged.json      why a run ended, of too many of these      RUN/replays/       steps taken again; see replay.py
 """
 
 import dataclasses
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,7 @@ def write_folder(config: RunConfig, index: Index, processes: Processes) -> None:
         raise UserError(f"run_dir {folder}: cannot write there: {error.strerror}") from None
 
 
-def read_run(folder: Path) -> tuple[RunConfig, Index]:
+def read_run(folder: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Index]:
     """The resolved config of a run folder, its `run_dir` set to where the folder is now, and the index of what it trained on."""
     path = folder / "config.yaml"
     if not path.is_file():
@@ -110,7 +112,7 @@ def read_run(folder: Path) -> tuple[RunConfig, Index]:
         index = Index.model_validate_json((folder / "data.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'data.json'} cannot be read ({error}); train the run again, or restore it") from None
-    return load_config(path).model_copy(update={"run_dir": folder}), index
+    return load_config(path, overrides).model_copy(update={"run_dir": folder}), index
 
 
 def environment(processes: Processes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,6 +203,17 @@ def gradient_norm(engine: Any) -> float | None:
     guarded = engine.basic_optimizer.grad_norm
     norm = guarded if guarded is not None else engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def full_gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Each trained parameter's gradient, whole and averaged over ranks, between the last backward pass of a step and its update.
+
+    A collective. None where there is no gradient.
+    """
+    deepspeed = _import_deepspeed()
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, deepspeed.utils.safe_get_full_grad(parameter)
 
 
 def deepspeed_adam(place: torch.device, offloaded: bool) -> Borrowed:
