@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fasttrain.cli import main
+from tests.disks import disk  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from fasttrain.checkpoint import Manifest, newest_sound, read_weights
 from tests.commands import Done, fasttrain
+from tests.disks import fill
 from tests.ranks import free_port
 from tests.runs import plain_config
 from tests.shards import write_random
@@ -218,35 +218,6 @@ def test_a_stock_interpreter_ends_with_status_2_too(tmp_path):
 
 
 # No space left. Each test fills a file system of its own, and says how many bytes are to be left.
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a file system of so many bytes."""
-    mounted: list[Path] = []
-
-    def make(size: int) -> Path:
-        folder = tmp_path / f"disk-{size}"
-        folder.mkdir()
-        tried = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-        )
-        if tried.returncode:
-            pytest.skip(f"a full disk needs the right to mount one: {tried.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def fill(folder: Path, leave: int) -> Path:
-    """Takes all space but so many bytes."""
-    ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
-    return ballast
 
 
 def test_no_space_for_shards_known_beforehand(disk):
