@@ -1,5 +1,6 @@
 """Loss spikes: steps whose loss stands far above the recent ones, judged on the host at the log interval, replayable by their position."""
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -9,15 +10,15 @@ from typing import Any, NamedTuple
 
 from fasttrain.lines import records
 
-RECENT, WARM_UP = 200, 50
-# The median absolute deviation of a normal distribution is 0.6745 standard deviations.
-_PER_MAD = 1.4826
+RECENT, LEVEL, WARM_UP = 200, 25, 50
+# A normal distribution's median absolute deviation is 0.6745 standard deviations; a difference of two has sqrt 2 of them.
+_PER_MAD = 1.4826 / math.sqrt(2)
 # The least spread assumed of log loss: where the recent losses hardly differ, a percent does not make a spike.
 _LEAST = 0.01
 
 
 class Spike(NamedTuple):
-    """A step whose loss lies `deviations` robust standard deviations of log loss above the recent median."""
+    """A step whose loss lies `deviations` robust standard deviations of log loss above the recent level."""
 
     step: int
     loss: float
@@ -32,9 +33,12 @@ class Spike(NamedTuple):
 
 
 class Spikes:
-    """Judges each step's loss against the `RECENT` before it; the first `WARM_UP` are taken as they come.
+    """Judges each step's loss against those before it; the first `WARM_UP` are taken as they come.
 
-    z = (ln loss - median) / (1.4826 MAD), of the recent ln losses; a spike where z > threshold
+    z = (ln loss - level) / (1.4826 MAD / sqrt 2);  a spike where z > threshold
+
+    level: the median of the last `LEVEL` ln losses; MAD: the median absolute difference from step to step over the last `RECENT`. Neither
+    takes a falling loss for noise, and neither is moved far by spikes.
 
     Args:
         threshold: in robust standard deviations; None: nothing is flagged.
@@ -54,12 +58,11 @@ class Spikes:
         return [spike for spike in found if spike.deviations > self._threshold]
 
     def _take(self, value: float) -> float:
-        """How far a log loss stands above the recent ones, to which it is then added. Spikes cannot move a median far."""
-        deviations = 0.0
-        if len(self._recent) >= WARM_UP:
-            middle = statistics.median(self._recent)
-            spread = _PER_MAD * statistics.median(abs(recent - middle) for recent in self._recent)
-            deviations = (value - middle) / max(spread, _LEAST)
+        """How far a log loss stands above the recent ones, to which it is then added."""
+        deviations, recent = 0.0, list(self._recent)
+        if len(recent) >= WARM_UP:
+            spread = _PER_MAD * statistics.median(abs(b - a) for a, b in itertools.pairwise(recent))
+            deviations = (value - statistics.median(recent[-LEVEL:])) / max(spread, _LEAST)
         self._recent.append(value)
         return deviations
 

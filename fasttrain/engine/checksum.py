@@ -1,9 +1,9 @@
 """A checksum of what every rank must hold alike, and who holds it otherwise.
 
-    c = sum_t a_t sum_i m_i w_i    mod 2^64,    m_i, a_t odd
+    c = sum_t a_t sum_j b_j sum_i m_i w_tji    mod 2^64,    m_i, b_j, a_t odd
 
-w_i: the words of tensor t, its elements' bits as integers. An odd factor can be divided by modulo 2^64, so a change within one word, of
-one bit or of all, always changes c; m_i and a_t differ from place to place, so swapped words or tensors change it too.
+w_tji: word i of chunk j of tensor t, its elements' bits as integers. An odd factor can be divided by modulo 2^64, so a change within one
+word, of one bit or of all, always changes c; the factors differ from place to place, so swapped words, chunks or tensors change it too.
 """
 
 from collections import Counter
@@ -19,23 +19,28 @@ _CHUNK = 1 << 20
 
 def checksums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The checksum of each tensor's bits: int64 [tensors], where they lie. Needs about 24 MiB beside them, and no host sync."""
-    factors = _odd(min(max(tensor.numel() for tensor in tensors), _CHUNK), tensors[0].device)
+    factors = _odd(min(max(tensor.numel() for tensor in tensors), _CHUNK), 0, tensors[0].device)
     return torch.stack([_checksum(tensor.detach(), factors) for tensor in tensors])
 
 
 def _checksum(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     words = tensor.contiguous().view(-1).view(_WORDS[tensor.element_size()])
-    return total(torch.stack([(chunk.long() * factors[: len(chunk)]).sum() for chunk in words.split(_CHUNK)]))
+    return _weighted(torch.stack([(chunk.long() * factors[: len(chunk)]).sum() for chunk in words.split(_CHUNK)]), 1)
 
 
 def total(parts: torch.Tensor) -> torch.Tensor:
-    """One checksum [] of several [n], sensitive to their order."""
-    return (parts * _odd(len(parts), parts.device)).sum()
+    """One checksum [] of those of several tensors [n]."""
+    return _weighted(parts, 2)
 
 
-def _odd(count: int, device: torch.device) -> torch.Tensor:
-    """Odd numbers that no pattern relates: the mixing of SplitMix64 (Steele et al. 2014), in wrapping int64."""
-    mixed = torch.arange(1, count + 1, device=device) * -7046029254386353131
+def _weighted(parts: torch.Tensor, level: int) -> torch.Tensor:
+    return (parts * _odd(len(parts), level, parts.device)).sum()
+
+
+def _odd(count: int, level: int, device: torch.device) -> torch.Tensor:
+    """Odd numbers that no pattern relates, others at each level: the mixing of SplitMix64 (Steele et al. 2014), in wrapping int64."""
+    first = 1 + (level << 40)
+    mixed = torch.arange(first, first + count, device=device) * -7046029254386353131
     mixed = (mixed ^ _shifted(mixed, 30)) * -4658895280553007687
     mixed = (mixed ^ _shifted(mixed, 27)) * -7723592293110705685
     return mixed ^ _shifted(mixed, 31) | 1
