@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.building import build_network
-from fasttrain.checkpoint import newest_sound, read_weights
+from fasttrain.checkpoint import check_fits, newest_sound, read_weights
 from fasttrain.config import RunConfig
 from fasttrain.data.index import Index
 from fasttrain.engine.fragments import MASTER
@@ -58,6 +58,8 @@ class Trained:
         folder, manifest, passed_over = newest_sound(run_dir)
         check_identity(identity(config, index), manifest.identity, folder)
         tensors = read_weights(folder, manifest, MASTER if weights == RAW else weights)
+        shapes = {name: list(p.shape) for name, p in network.named_parameters() if p.requires_grad}
+        check_fits(manifest, shapes, manifest.states, folder)
         network.load_state_dict(tensors, strict=False)  # what is not trained is not in a checkpoint
         return cls(config, index, network.to(device).eval(), describe(config, weights), manifest.progress.step, tuple(passed_over))
 
