@@ -26,6 +26,7 @@ from fasttrain.engine.activity import Activity
 from fasttrain.engine.channel import Channel, GarbledError
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.ending import end_stopped, report, status_of, told, within, write_stacks
+from fasttrain.engine.guard import Guard
 from fasttrain.engine.host import machine, place
 from fasttrain.engine.hub import LOOPBACK, Hub
 from fasttrain.engine.verdict import DIED, Member, Verdict, judge
@@ -39,6 +40,7 @@ RESCUE_SECONDS = 5.0
 EXPLAIN_SECONDS = 3.0  # how long an error waits to hear whether another rank is at fault
 LEAVE_SECONDS = 20.0  # how long a rank that failed may take to leave
 LOCKED_SECONDS = 3.0  # beyond the limit: then a rank whose interpreter is locked up writes its stacks and ends
+GUARD_SECONDS = 4.0  # beyond the limit: then one that does not even do that is woken, and soon killed
 
 
 class Watchdog:
@@ -68,6 +70,7 @@ class Watchdog:
         self._rescues: list[Rescue] = []
         self._hub: Hub | None = None
         self._channel: Channel | None = None
+        self._guard: Guard | None = None
         self._main = Member(0, heard=0.0)
         self._failing: BaseException | None = None
         self._verdict: Verdict | None = None
@@ -97,6 +100,7 @@ class Watchdog:
         self._faults: Path = processes.from_main(_next_folder(self._run_dir / "faults") if processes.is_main else None)
         if processes.world_size > 1:
             self._connect()
+            self._guard = Guard(self._limit + GUARD_SECONDS)
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         self._thread.start()
         return self
@@ -118,6 +122,8 @@ class Watchdog:
             self._hub.close()
         if self._channel is not None:
             self._channel.close()
+        if self._guard is not None:
+            self._guard.close()
         os.close(self._wake)
         os.close(self._woken)
 
@@ -176,6 +182,8 @@ class Watchdog:
         """One beat. Should the next not come, a thread of C writes where the interpreter is locked up, and ends this process."""
         faulthandler.dump_traceback_later(self._limit + LOCKED_SECONDS, exit=True, file=2)
         self._each_beat()
+        if self._guard is not None:
+            self._guard.beat()
         if self._channel is not None:
             doing = self._activity.now
             self._channel.send({"what": doing.what, "step": doing.step, "number": doing.number, "age": round(now - doing.since, 3)})
