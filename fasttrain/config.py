@@ -22,6 +22,7 @@ from fasttrain.models import MODELS, Transformer
 from fasttrain.plain_yaml import read_yaml
 from fasttrain.registry import printable, shown
 
+MOST_MISTAKES = 20  # that are told at once
 LONGEST_WAIT = 1e7  # seconds, four months: what the libraries beneath can hold
 
 
@@ -233,7 +234,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:
-    for mistake in error.errors():
+    for mistake in error.errors()[:MOST_MISTAKES]:
         path = ".".join(printable(part) for part in mistake["loc"])
         if mistake["type"] == "extra_forbidden":
             yield f"{path}: unknown key{_hint(mistake['loc'])}"
@@ -241,6 +242,8 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
             message = mistake["msg"].removeprefix("Value error, ")
             given = "" if mistake["type"] in ("missing", "value_error") else f" (got {shown(mistake['input'])})"
             yield f"{path}: {message}{given}" if path else f"{message}{given}"
+    if error.error_count() > MOST_MISTAKES:
+        yield f"and {error.error_count() - MOST_MISTAKES} more mistakes"
 
 
 def _hint(location: tuple[int | str, ...]) -> str:

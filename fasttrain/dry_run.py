@@ -17,6 +17,7 @@ from fasttrain.models.memory import count_parameters, memory_per_rank
 from fasttrain.run import resolve
 
 GIB = 2**30
+MOST_READ = 256  # images of the one batch: enough to see that they can be read and what they are like
 
 
 def dry_run(config: RunConfig) -> None:
@@ -44,8 +45,9 @@ def dry_run(config: RunConfig) -> None:
         f"{config.training.steps * config.training.global_batch:,} images in {config.training.steps:,} steps"
     )
     console.print(_memory_table(config, parameters.trained, world_size))
-    with training_loader(config.data, shards, seed) as loader:
-        batch = next(loader.batches(0, micro_batch, 0, world_size))
+    alone = config.data.model_copy(update={"threads": 0})  # threads would read more than the one
+    with training_loader(alone, shards, seed) as loader:
+        batch = next(loader.batches(0, min(micro_batch, MOST_READ), 0, world_size))
     x0 = batch.x0(seed)
     console.print(
         f"one batch  x0 {list(x0.shape)}, mean {x0.mean():.3f}, standard deviation {x0.std():.3f}, "

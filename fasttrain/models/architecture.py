@@ -9,7 +9,7 @@ from fasttrain.models.network import Network
 from fasttrain.registry import Registry, shown
 
 MODELS = Registry("model")
-LARGEST, DEEPEST, MOST_ROWS = 1 << 16, 1000, 10_000_000  # beyond any model: what lies above is a slip of the pen
+LARGEST, DEEPEST, MOST_ROWS = 1 << 16, 256, 10_000_000  # beyond any model: what lies above is a slip of the pen
 
 
 @dataclass(frozen=True, kw_only=True)
