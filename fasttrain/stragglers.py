@@ -5,9 +5,8 @@ import statistics
 import time
 from typing import Any
 
-import torch
-
 from fasttrain.engine.distributed import Processes
+from fasttrain.engine.spans import Spans
 
 SLOW = 0.8
 """A score below this is told on the terminal."""
@@ -16,32 +15,28 @@ SLOW = 0.8
 class Pace:
     """Times this rank's own work, from asking for a micro-batch to the end of its forward pass: before it must wait for others.
 
-    On a GPU between CUDA events, read at the report only; on a CPU by the clock. Backward and update are left out: there ranks wait for
-    each other. Call `mark` at the beginning of each part, and `end_step` behind the last.
+    Backward and update are left out: there ranks wait for each other. Call `mark` at the beginning of each part of a step, and `end_step`
+    behind the last.
 
     Args:
-        waited: seconds that this process has waited for others within forward passes so far (ZeRO 3 gathers weights there).
+        waits: the spans within forward passes in which this rank waits for others: where ZeRO 3 gathers weights. They are not its own.
     """
 
-    def __init__(self, processes: Processes, waited: Any = None):
+    def __init__(self, processes: Processes, waits: Spans | None = None):
         self._processes = processes
-        self._waited = waited or (lambda: 0.0)
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._own = 0.0
+        self._own, self._waits = Spans(processes.device), waits
         self._data: list[float] = [0.0]
-        self._began = self._waited_before = 0.0
+        self._asked = 0.0
 
     def mark(self, part: str) -> None:
         """Notes that this part begins: "data", "forward" and "backward" are told apart, others pass."""
-        now = time.perf_counter()
         if part == "data":
-            self._began, self._waited_before = now, self._waited()
-            self._begin_event()
+            self._asked = time.perf_counter()
+            self._own.begin()
         elif part == "forward":
-            self._data[-1] += now - self._began
+            self._data[-1] += time.perf_counter() - self._asked
         elif part == "backward":
-            self._own += now - self._began - (self._waited() - self._waited_before)
-            self._end_event()
+            self._own.end()
 
     def end_step(self) -> None:
         """A step has ended."""
@@ -52,25 +47,14 @@ class Pace:
 
         `data_wait`: seconds a step that the rank with the longest wait for data waited, median and 99th percentile, and their share of the
         step. `slowest`: the rank with most own time, its host, `score` (the others' median own time over its own; 1 is even, 0.5 twice
-        as slow) and `share` of the step that it takes beyond the median; None for one rank.
+        as slow) and `share` of the step that it takes beyond that median; None for one rank.
         """
         data = self._data[:-1]
-        shares = self._processes.gather((socket.gethostname(), self._own_seconds() / max(len(data), 1), data))
-        self._own, self._data, self._events = 0.0, [0.0], []
+        own = self._own.take() - (self._waits.take() if self._waits else 0.0)
+        shares = self._processes.gather((socket.gethostname(), own / max(len(data), 1), data))
+        self._data = [0.0]
         waits = sorted(max(step) for step in zip(*(data for _, _, data in shares), strict=True))
         return {"data_wait": _waits(waits, seconds), "slowest": _slowest([(host, own) for host, own, _ in shares], seconds)}
-
-    def _own_seconds(self) -> float:
-        return sum(begin.elapsed_time(end) for begin, end in self._events) / 1000 if self._events else self._own
-
-    def _begin_event(self) -> None:
-        if self._processes.device.type == "cuda":
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self._events[-1][0].record()
-
-    def _end_event(self) -> None:
-        if self._events:
-            self._events[-1][1].record()
 
 
 def told(slowest: dict[str, Any] | None) -> str | None:
@@ -98,5 +82,5 @@ def _slowest(ranks: list[tuple[str, float]], seconds: float) -> dict[str, Any] |
         "rank": rank,
         "host": ranks[rank][0],
         "score": others / times[rank] if times[rank] else 1.0,
-        "share": (times[rank] - statistics.median(times)) / seconds if seconds else 0.0,
+        "share": (times[rank] - others) / seconds if seconds else 0.0,
     }

@@ -18,7 +18,7 @@ from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.activity import Activity
 from fasttrain.engine.checksum import differing
-from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads
+from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads, time_gathers
 from fasttrain.engine.distributed import Processes, StopFlag
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
@@ -82,7 +82,7 @@ class Trainer:
         self.checkpoints = Checkpoints(config.run_dir, processes)
         self.saver = Saver(config.run_dir, processes, config.checkpoint, config.training.timeout_seconds)
         self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
-        self.pace = Pace(processes)
+        self.pace = Pace(processes, time_gathers(self.engine))
         self.spikes = Spikes(config.log.spike)
         self.progress = Progress()
         self.saved_step: int | None = None

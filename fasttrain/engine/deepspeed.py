@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fasttrain.engine.optimizer import AdamWEMA
+from fasttrain.engine.spans import Spans
 from fasttrain.engine.update import Borrowed
 from fasttrain.errors import UserError
 from fasttrain.registry import nearest, printable, shown
@@ -203,6 +204,24 @@ def gradient_norm(engine: Any) -> float | None:
     guarded = engine.basic_optimizer.grad_norm
     norm = guarded if guarded is not None else engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def time_gathers(engine: Any) -> Spans | None:
+    """The spans in which forward passes wait for weights gathered from all ranks, from now on. None below ZeRO 3, which gathers none."""
+    if engine.zero_optimization_stage() < 3:
+        return None
+    spans, coordinator = Spans(engine.device), engine.optimizer.parameter_offload.get_param_coordinator()
+    fetch = coordinator.fetch_sub_module
+
+    def timed(module: torch.nn.Module, forward: bool) -> None:
+        if not forward:
+            return fetch(module, forward)
+        spans.begin()
+        fetch(module, forward)
+        spans.end()
+
+    coordinator.fetch_sub_module = timed
+    return spans
 
 
 def full_gradients(engine: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
