@@ -95,9 +95,7 @@ class Supervisor:
                 self._command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with(os.getpid())
             )
         except OSError as error:
-            raise UserError(
-                f"cannot start {self._command[0]!r}: {error.strerror}; give a command that can be started behind `--`"
-            ) from None
+            raise UserError(f"supervise: cannot start {self._command[0]!r}: {error.strerror}; give a program behind `--`") from None
         if self._asked is not None:  # asked between two starts
             self._pass_on(self._asked)
         while True:
