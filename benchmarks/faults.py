@@ -81,7 +81,7 @@ def measured(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The tables on the screen."""
-    for head, rows in (kills_rows(result), faults_rows(result)):
+    for head, rows in (made for made in (kills_rows(result), faults_rows(result)) if made[1]):
         table = Table()
         for column in head:
             table.add_column(column)

@@ -44,11 +44,10 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 def full(start: Start, folder: Path) -> Iterator[None]:
     """No room left in the run folder, a file system of its own."""
     ballast = folder / "ballast"
-    with ballast.open("wb") as file:
+    with ballast.open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(1 << 12))
-                file.flush()
         except OSError:
             pass
     try:
@@ -66,13 +65,13 @@ def read_only(start: Start, folder: Path) -> Iterator[None]:
 
 
 def refused(number: int) -> Trouble:
-    """One rank may write no file of more than a few bytes."""
+    """One rank may write no file of more than 64 KiB: no share of a checkpoint."""
 
     @contextmanager
     def trouble(start: Start, folder: Path) -> Iterator[None]:
         pid = start.ranks[number].pid
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (64, before[1]))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 16, before[1]))
         try:
             yield
         finally:
