@@ -21,7 +21,7 @@ import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import torch
 import xxhash
@@ -33,7 +33,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import sync, whole
 from fasttrain.shares import Slices, Written, damage, share_name
 
-FORMAT = 1
+FORMAT: Final = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _LARGEST = 1 << 28  # bytes of a manifest: more is none of ours, and is not read
@@ -92,7 +92,7 @@ class Receipt(Sealed):
 class Plan(Sealed):
     """What a checkpoint holds: enough to refuse it by name where it does not fit."""
 
-    format: Literal[1]
+    format: Literal[1]  # FORMAT
     progress: Progress
     identity: dict[str, Any]
     shapes: dict[str, list[Annotated[int, Field(gt=0)]]]
@@ -162,7 +162,7 @@ class Checkpoints:
 
 def commit(partial: Path, manifest: Manifest) -> str | None:
     """Makes a checkpoint of a folder whose shares are whole, durably; returns what stood in the way, with nothing changed."""
-    final = partial.with_suffix("")
+    final = folder_of(partial.parent, manifest.progress.step)
     try:
         manifest.write(partial / MANIFEST)
         for carried_out in [partial / PLAN, *partial.glob("rank-*.json")]:
@@ -182,6 +182,11 @@ def commit(partial: Path, manifest: Manifest) -> str | None:
 def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a folder of them, newest first."""
     return sorted((f for f in folder.glob("step-*") if _NAME.fullmatch(f.name) and f.is_dir()), key=step_of, reverse=True)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, once it is committed."""
+    return checkpoints / f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:

@@ -18,9 +18,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fasttrain.checkpoint import PLAN, Plan, Progress, Receipt, commit, committed, manifest_of, step_of
+from fasttrain.checkpoint import PLAN, Plan, Receipt, commit, committed, folder_of, manifest_of, step_of
 from fasttrain.config import CheckpointConfig
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
@@ -104,7 +104,7 @@ class Saver:
         """Tells which checkpoint the run goes on from: newer ones were passed over, and must not push out what can be trusted."""
         self._distrusted = {folder for folder in committed(self.folder) if step_of(folder) > step_of(found)}
 
-    def begin(self, state: TrainingState, progress: Progress, identity: dict[str, Any], zero_stage: int) -> None:
+    def begin(self, state: TrainingState, plan: Plan) -> None:
         """Copies the state of this step and saves it beside training. Waits for the attempt under way, if there is one.
 
         Raises:
@@ -117,15 +117,6 @@ class Saver:
         self._waited = time.perf_counter() - began
         self.raise_failure()
         self._snapshot.take(state)
-        plan = Plan(
-            format=1,
-            progress=progress,
-            identity=identity,
-            shapes=state.shapes,
-            states=state.keys,
-            world_size=self._processes.world_size,
-            zero_stage=zero_stage,
-        )
         self._written.clear()
         self._hurry.clear()
         self._thread = threading.Thread(target=self._save, args=(plan,), name="fasttrain-saver", daemon=True)
@@ -149,6 +140,13 @@ class Saver:
         self._join()
         self._give_up_at = math.inf
         self.raise_failure()
+
+    def settle(self, seconds: float) -> None:
+        """Waits so long for this rank's share to be written, where others may be gone and no more than that can come of it."""
+        deadline = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            if self._written.wait(0.05):
+                return
 
     def close(self, seconds: float = 20.0) -> None:
         """Lets the attempt under way end, where a run ends that does not wait for it; gives up after so many seconds."""
@@ -174,7 +172,7 @@ class Saver:
     def _attempt(self, plan: Plan) -> bool:
         """Whether it is over: saved, given up, or left to a newer one."""
         self._rest()
-        partial = self.folder / f"step-{plan.progress.step:08d}.tmp"
+        partial = folder_of(self.folder, plan.progress.step).with_suffix(".tmp")
         told = self._processes.gather(self._ready(partial, plan))
         if any(ready.superseded for ready in told):
             return self._leave(partial)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fasttrain.building import build_network, build_objective
-from fasttrain.checkpoint import Checkpoints, Manifest, Progress, check_fits
+from fasttrain.checkpoint import FORMAT, Checkpoints, Manifest, Plan, Progress, check_fits
 from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
@@ -28,6 +28,7 @@ from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
+from fasttrain.rescue import Rescue
 from fasttrain.run import check_identity, identity, resolve, write_folder
 from fasttrain.saving import Saver
 from fasttrain.skipping import Skips, with_its_gradient
@@ -81,6 +82,7 @@ class Trainer:
         self.state = TrainingState(self.engine, config.zero_stage, processes)
         self.checkpoints = Checkpoints(config.run_dir, processes)
         self.saver = Saver(config.run_dir, processes, config.checkpoint, config.training.timeout_seconds)
+        self.rescue = Rescue(self.saver, self.state, self.activity, self._plan)
         self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
         self.pace = Pace(processes, time_gathers(self.engine))
         self.spikes = Spikes(config.log.spike)
@@ -184,8 +186,20 @@ class Trainer:
         if self.saved_step != self.progress.step:
             if self.config.training.checksum_every:
                 self._check_replicas(self.progress.step)
-            self.saver.begin(self.state, self.progress, self.identity, self.config.zero_stage)
+            self.saver.begin(self.state, self._plan())
             self.saved_step = self.progress.step
+
+    def _plan(self) -> Plan:
+        """What a checkpoint of this moment holds."""
+        return Plan(
+            format=FORMAT,
+            progress=self.progress,
+            identity=self.identity,
+            shapes=self.state.shapes,
+            states=self.state.keys,
+            world_size=self.processes.world_size,
+            zero_stage=self.config.zero_stage,
+        )
 
     def _means(self) -> str:
         """What this run computes with, told once at its start."""

@@ -1,45 +1,21 @@
 """SIGKILL in the thread that saves: nothing half-written is ever taken for a checkpoint, and nothing complete is lost."""
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import torch
 
 from fasttrain import saving
 from fasttrain.checkpoint import Checkpoints, newest_sound, step_of
-from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
-from tests.ranks import TIMEOUT, free_port, run_ranks
-from tests.saves import State, is_of_step, names, save, saver_of
+from tests.ranks import run_ranks
+from tests.saves import State, end_ranks, is_of_step, names, newest_of, save, saver_of
 
 KILLS = 15
-_server = multiprocessing.get_context("forkserver")
-
-
-def end_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
-    """The exit statuses of ranks that may be killed: -9 where one was."""
-    port = free_port()
-    ranks = [_server.Process(target=_rank, args=(rank, world_size, port, function, args)) for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(TIMEOUT)
-    return [rank.exitcode for rank in ranks]
-
-
-def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    function(distributed.start(60), *args)
 
 
 def _events_of_four_saves(processes: Processes, run_dir: Path) -> int:
@@ -104,12 +80,6 @@ def _die_at_the_commit(processes: Processes, run_dir: Path) -> None:
         sys.exit(3)
 
 
-def _newest(processes: Processes, run_dir: Path) -> tuple[str, list[str]]:
-    found = Checkpoints(run_dir, processes).newest()
-    assert found is not None
-    return found[0].name, found[2]
-
-
 def test_one_cut_off_just_before_its_rename_is_committed_by_the_next_start(tmp_path: Path):
     assert end_ranks(2, _die_at_the_commit, tmp_path / "run") == [-signal.SIGKILL, 3]
     assert names(tmp_path / "run") == ["latest", "step-00000001", "step-00000002.tmp"]
@@ -120,8 +90,8 @@ def test_one_cut_off_just_before_its_rename_is_committed_by_the_next_start(tmp_p
         copy = tmp_path / f"copy{number}"
         shutil.copytree(tmp_path / "run", copy)
         harm(copy / partial / file)
-        assert run_ranks(1, _newest, copy) == [("step-00000001", [])], f"{file} is not whole"
-    assert run_ranks(3, _newest, tmp_path / "run") == [("step-00000002", [])] * 3
+        assert run_ranks(1, newest_of, copy) == [("step-00000001", [])], f"{file} is not whole"
+    assert run_ranks(3, newest_of, tmp_path / "run") == [("step-00000002", [])] * 3
     assert names(tmp_path / "run") == ["latest", "step-00000001", "step-00000002"]
     newest = tmp_path / "run" / "checkpoints" / "step-00000002"
     assert (newest.parent / "latest").read_text() == "step-00000002\n" and is_of_step(newest, 2)
@@ -132,5 +102,5 @@ def test_one_cut_off_between_manifest_and_rename_is_committed_too(tmp_path: Path
     run_ranks(1, _save_on, tmp_path, 1, 2)
     newest = tmp_path / "checkpoints" / "step-00000002"
     newest.rename(newest.with_suffix(".tmp"))
-    assert run_ranks(1, _newest, tmp_path) == [("step-00000002", [])]
+    assert run_ranks(1, newest_of, tmp_path) == [("step-00000002", [])]
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]

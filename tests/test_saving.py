@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fasttrain import saving
-from fasttrain.checkpoint import Manifest, Progress, newest_sound, read_weights
+from fasttrain.checkpoint import Manifest, newest_sound, read_weights
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import DivergedError, UserError
 from fasttrain.shares import write_share
@@ -19,7 +19,7 @@ from tests.commands import fasttrain
 from tests.disks import fill, let_write
 from tests.ranks import run_ranks
 from tests.runs import plain_config, start, zero
-from tests.saves import State, is_of_step, names, save, saver_of, wait_until
+from tests.saves import State, is_of_step, names, plan_of, save, saver_of, wait_until
 
 # No step is mixed with another.
 
@@ -210,7 +210,7 @@ def _save_what_is_not_finite(processes: Processes, run_dir: Path) -> str:
     state.take(2)
     if processes.rank == 1:
         state.fragments[-1].state["exp_avg"][0] = float("nan")
-    saver.begin(state, Progress(2), {}, 1)  # type: ignore[arg-type]
+    saver.begin(state, plan_of(state, 2))  # type: ignore[arg-type]
     with pytest.raises(DivergedError, match="step 2 holds a non-finite value"):
         saver.finish()
     return (run_dir / "checkpoints" / "latest").read_text()
