@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fasttrain.engine.launch import rank
 from fasttrain.errors import Status, UserError
 
 # Sub-command -> (module with add_arguments and run, what it does). Imported only when asked for: `--help` should not wait for torch.
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug or told is None:
             raise
         # Before the ranks have joined, all meet the same mistake and rank 0 tells it.
-        if not getattr(error, "told_elsewhere", os.environ.get("RANK", "0") != "0"):
+        if not getattr(error, "told_elsewhere", rank(os.environ) != 0):
             print(f"fasttrain: {told}", file=sys.stderr)
         return getattr(error, "status", Status.USER_ERROR)
     return Status.DONE if status is None else status

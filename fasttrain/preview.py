@@ -31,10 +31,19 @@ class Preview:
     Args:
         held_out: the loader of the held-out images and how many there are; None without any.
         decode: x0 [B, C, H, W] -> images in [-1, 1]; None where the samples cannot be shown (latents without data.vae).
+        alive: called after each batch, so that a long look is not taken for a hang.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes, held_out: Loader | None, decode: Decode | None, dtype: torch.dtype):
-        self._config, self._processes, self._dtype = config, processes, dtype
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Processes,
+        held_out: Loader | None,
+        decode: Decode | None,
+        dtype: torch.dtype,
+        alive: Callable[[], None] = lambda: None,
+    ):
+        self._config, self._processes, self._dtype, self._alive = config, processes, dtype, alive
         self._held_out, self._decode = held_out, decode
         self._network: nn.Module | None = None
         self._seed = torch.tensor(config.seed, device=processes.device)
@@ -70,6 +79,7 @@ class Preview:
             images = next(batches)
             loss = objective(self._network, images.x0(self._seed), images.labels, images.position, dtype=self._dtype)
             sums += _masked_sums(loss, images.position < count)
+            self._alive()
         total, unweighted, seen = self._processes.sum(sums).tolist()
         return {"held_out_loss": total / seen, "held_out_mse": unweighted / seen}
 
@@ -80,10 +90,10 @@ class Preview:
         sampling, world_size = self._config.sampling, self._processes.world_size
         generator = build_generator(self._config, self._network, sampling.steps, sampling.guidance, self._seed ^ SAMPLE_KEY, self._dtype)
         batch = min(BATCH, -(-sampling.count // world_size))
-        drawn = [
-            (samples.number.numpy(), to_uint8(self._decode(samples.x0)))
-            for samples in generator.generate(sampling.count, batch, rank=self._processes.rank, world_size=world_size)
-        ]
+        drawn = []
+        for samples in generator.generate(sampling.count, batch, rank=self._processes.rank, world_size=world_size):
+            drawn.append((samples.number.numpy(), to_uint8(self._decode(samples.x0))))
+            self._alive()
         shares = [share for shares in self._processes.gather_to_main(drawn) for share in shares]
         if shares:
             numbers, images = (np.concatenate([share[i] for share in shares]) for i in range(2))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 import yaml
 
 from fasttrain.config import RunConfig, load_config
@@ -87,6 +88,20 @@ def check_identity(mine: dict[str, Any], saved: dict[str, Any], folder: Path) ->
             raise UserError(
                 f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run"
             )
+
+
+def check_same(config: RunConfig, mine: dict[str, Any], processes: Processes) -> None:
+    """Refuses to train where a rank has another config or other data than rank 0. A collective.
+
+    Where the data lies, and its cache, may differ from host to host: `mine`, this rank's `identity`, says what is in it.
+    """
+    plain = config.plain()
+    plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("train", "cache")}
+    plain["the data set"] = xxhash.xxh3_128_hexdigest(json.dumps(mine["data"], sort_keys=True).encode())
+    everyone = processes.gather(plain)
+    if different := [rank for rank, other in enumerate(everyone) if other != everyone[0]]:
+        was, now = _first_difference(everyone[0], everyone[different[0]])
+        raise UserError(f"ranks {different} were started with another config or other data: rank 0 has {was}, rank {different[0]} {now}")
 
 
 def write_folder(config: RunConfig, index: Index, processes: Processes) -> None:

@@ -8,7 +8,8 @@ class Doing(NamedTuple):
     """One thing that the training thread does.
 
     Attributes:
-        what: "starting", "data", "forward", "backward", "update", "saving", "reporting", "looking" or "resuming".
+        what: "starting", "data", "forward", "backward", "update", "saving", "reporting", "looking", "resuming" or
+            "finishing" (waiting for the last save).
         step: the step under way, 1 for the first.
         number: how many things came before it: the ranks of a run all do the same things in the same order, so the one behind is late.
         since: time.monotonic() of its beginning.
@@ -29,3 +30,7 @@ class Activity:
     def begin(self, what: str, step: int) -> None:
         """Notes what begins now."""
         self.now = Doing(what, step, self.now.number + 1, time.monotonic())
+
+    def renew(self) -> None:
+        """Says that what was begun goes on well: for something long that is made of pieces."""
+        self.now = self.now._replace(since=time.monotonic())

@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NoReturn
@@ -90,10 +91,18 @@ class Watchdog:
         """
         if self._channel is None:
             return None
-        self._failing = error
         self._channel.send({"status": status_of(error), "told": told(error)})
         self._decided.wait(EXPLAIN_SECONDS)
         return None if self._verdict is None or self._is_mine(self._verdict) else self._verdict
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Explains an error of its block at once, before anything is tidied up behind it."""
+        try:
+            yield
+        except BaseException as error:
+            self._conclude(error)
+            raise
 
     def __enter__(self) -> "Watchdog":
         processes = self._processes
@@ -107,11 +116,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            if (verdict := self.explain(error)) is not None:
-                self._end(verdict)
-            if self._verdict is not None and self._verdict.status == Status.RESTART:
-                self._report(self._verdict)
-            _end_after(LEAVE_SECONDS, status_of(error))
+            self._conclude(error)
         elif self._channel is not None:
             self._say_goodbye(self._channel)
         os.write(self._wake, b"over")
@@ -147,6 +152,17 @@ class Watchdog:
             raise UserError(
                 f"not all ranks reach rank 0 at {address} port {port}; let its host be reached on any port: {'; '.join(problems)}"
             )
+
+    def _conclude(self, error: BaseException) -> None:
+        """Ends this process where the error is the echo of another rank's end; else sees to it that it does end by its own."""
+        if self._failing is not None:
+            return
+        self._failing = error
+        if (verdict := self.explain(error)) is not None:
+            self._end(verdict)
+        if self._verdict is not None and self._verdict.status == Status.RESTART:
+            self._report(self._verdict)
+        _end_after(LEAVE_SECONDS, status_of(error))
 
     def _say_goodbye(self, channel: Channel) -> None:
         """Leaves well; rank 0, which the others watch by, as the last."""
