@@ -23,6 +23,7 @@ from fasttrain.plain_yaml import read_yaml
 from fasttrain.registry import printable, shown
 
 MOST_MISTAKES = 20  # that are told at once
+VERDICT_SECONDS = 30.0  # for the verdict on a rank, the stacks, and what a rank does before it ends
 LONGEST_WAIT = 1e7  # seconds, four months: what the libraries beneath can hold
 
 
@@ -164,6 +165,17 @@ class RunConfig(Section):
     def deepspeed_settings(self) -> dict[str, Any]:
         """DeepSpeed's own settings, read and checked."""
         return read_settings(self.deepspeed)
+
+    @property
+    def patience(self) -> dict[str, float]:
+        """How many seconds longer than `training.timeout_seconds` a thing may last that is tried again meanwhile."""
+        remote = "://" in self.data.train or self.data.train.startswith("pipe:")
+        return {"data": self.data.retry_seconds if remote else 0.0, "finishing": self.checkpoint.retry_seconds}
+
+    @property
+    def collective_seconds(self) -> float:
+        """How long a collective may wait: beyond what the watchdog allows, so that its verdict comes first and names a rank."""
+        return self.training.timeout_seconds + self.patience["data"] + VERDICT_SECONDS
 
     @property
     def zero_stage(self) -> int:

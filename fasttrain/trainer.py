@@ -1,11 +1,8 @@
 """The trainer: builds a run from its config, and repeats one step until it is done or told to stop."""
 
 import dataclasses
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,22 +14,25 @@ from fasttrain.config import RunConfig
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.activity import Activity
+from fasttrain.engine.agreement import Agreement, Decision
 from fasttrain.engine.checksum import differing
 from fasttrain.engine.deepspeed import accumulates_in_bf16, build_engine, gradient_norm, offloads, time_gathers
-from fasttrain.engine.distributed import Processes, StopFlag
+from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
 from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.engine.updates import choose_update
+from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import CorruptedError
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.rescue import Rescue
-from fasttrain.run import check_identity, identity, resolve, write_folder
+from fasttrain.run import check_identity, check_same, identity, resolve, write_folder
 from fasttrain.saving import Saver
 from fasttrain.skipping import Skips, with_its_gradient
 from fasttrain.spikes import Spikes, recent_losses
+from fasttrain.stopping import Stop
 from fasttrain.stragglers import Pace
 from fasttrain.visible import decoder
 
@@ -44,17 +44,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Trainer:
     """A run in progress. `config` is the run's, `processes` this process among its ranks; `fit` does everything."""
 
-    def __init__(self, config: RunConfig, processes: Processes):
+    def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
         shards = ShardSet.open(config.data.train, config.data.verify)
         self.index = shards.index
         self.config = config = resolve(config, shards.index)
         self.processes = processes
-        self.activity = Activity()
+        self.activity = activity or Activity()
         self.micro_batch = config.training.micro_batch_of(processes.world_size)
         self.accumulation_steps = config.training.accumulation_steps(processes.world_size)
         self.dtype = DTYPES[config.training.precision]
         self.seed = torch.tensor(config.seed, device=processes.device)
         self.identity = identity(config, shards.index)
+        check_same(config, self.identity, processes)
         if config.training.deterministic:
             make_deterministic()
         check_kernels(config.kernels, self.seed)
@@ -62,7 +63,7 @@ class Trainer:
         self.loader = training_loader(config.data, shards, self.seed, config.kernels)
         held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
         decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
-        self.preview = Preview(config, processes, held_out, decode, self.dtype)
+        self.preview = Preview(config, processes, held_out, decode, self.dtype, self.activity.renew)
         how = {"deterministic": config.training.deterministic, "compiled": config.training.compile}
         attention, self._attention = choose_attention(config.attention, config.model, self.micro_batch, self.dtype, processes, **how)
         self.network = build_network(config, attention)
@@ -81,7 +82,7 @@ class Trainer:
         )
         self.state = TrainingState(self.engine, config.zero_stage, processes)
         self.checkpoints = Checkpoints(config.run_dir, processes)
-        self.saver = Saver(config.run_dir, processes, config.checkpoint, config.training.timeout_seconds)
+        self.saver = Saver(config.run_dir, processes, config.checkpoint, config.collective_seconds)
         self.rescue = Rescue(self.saver, self.state, self.activity, self._plan)
         self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
         self.pace = Pace(processes, time_gathers(self.engine))
@@ -90,17 +91,19 @@ class Trainer:
         self.saved_step: int | None = None
         self._reported_step = 0
 
-    def fit(self, profile_steps: int = 0) -> bool:
-        """Trains to the last step, from the newest good checkpoint on. True when done; False when stopped early by a signal, saved."""
-        config = self.config
-        found = self.find_checkpoint()
-        write_folder(config, self.index, self.processes)
-        stop = StopFlag(self.processes)
+    def fit(self, stop: Stop | None = None, watchdog: Watchdog | None = None, profile_steps: int = 0) -> bool:
+        """Trains to the last step, from the newest good checkpoint on. True when done; False when stopped early by `stop`, saved."""
+        config, stop = self.config, stop or Stop()
         with ExitStack() as stack:
-            reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
             stack.callback(self.loader.close)
             stack.callback(self.saver.close)
-            stack.enter_context(_stopped_by_signals(stop))
+            if watchdog is not None:
+                watchdog.on_fault(self.rescue)
+                stack.enter_context(watchdog.explaining())
+            self.activity.begin("resuming", 0)
+            found = self.find_checkpoint()
+            write_folder(config, self.index, self.processes)
+            reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
             self.skips = stack.enter_context(closing(Skips(config, self.processes)))
@@ -109,15 +112,19 @@ class Trainer:
             if config.training.compile:
                 self.engine.compile()
             self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)
-            watch, stopped = Stopwatch(), False
-            while self.progress.step < config.training.steps and not stopped:
+            watch, agreement, decision = Stopwatch(), Agreement(self.processes), Decision()
+            stop.only_note()
+            while self.progress.step < config.training.steps and not decision.stop:
                 taken = self.train_step()
                 profiler.step()
                 reporter.advance(self.progress.step)
-                stopped = stop.poll()
-                self._after_step(reporter, watch, stopped, taken)
-            stop.close()
-            return not stopped
+                decision = agreement.reach(stop.number, self.saver.failed is not None)
+                if decision.save_failed:
+                    self.saver.finish()
+                self._after_step(reporter, watch, bool(decision.stop), taken)
+            agreement.close()
+            stop.number = decision.stop
+            return not decision.stop
 
     def train_step(self) -> bool:
         """One optimizer step: `global_batch` images forward and backward in micro-batches, then one update of weights and averages.
@@ -233,13 +240,16 @@ class Trainer:
             first = self.progress.position - config.training.global_batch
             reporter.say(self.skips.note(step, first, gradient_norm(self.engine), self.meters))
         if last or step % config.log.every == 0:
+            self.activity.begin("reporting", step)
             record = self._record(watch)
             reporter.report(record)
             self._tell_spikes(reporter, record["losses"])
         with watch.pause():
             if last or step % config.checkpoint.every == 0:
+                self.activity.begin("saving", step)
                 self.save()
             if last:
+                self.activity.begin("finishing", step)
                 self.saver.finish(SECONDS_AT_A_STOP if stopped else None)
             for told in self.saver.poll():
                 reporter.say(told)
@@ -258,6 +268,7 @@ class Trainer:
             reporter.write({"step": spike.step, "position": position, "spike": {"loss": spike.loss, "deviations": spike.deviations}})
 
     def _look(self, reporter: Reporter, held_out: bool, grid: bool) -> None:
+        self.activity.begin("looking", self.progress.step)
         self.preview.load(self.state.full(ema_name(0)))
         if held_out:
             losses = self.preview.held_out_loss(self.micro_batch)
@@ -288,19 +299,3 @@ class Trainer:
             "mfu": flops / peak if peak else None,
             "seconds_left": (self.config.training.steps - self.progress.step) * seconds / max(steps, 1),
         }
-
-
-@contextmanager
-def _stopped_by_signals(stop: StopFlag) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop after the step under way; a second Ctrl-C ends the process at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.request()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

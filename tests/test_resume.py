@@ -135,7 +135,7 @@ def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, ranks: int, tm
     assert "Traceback" not in output
     assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{last:08d}"
     if ranks == 1:
-        assert process.returncode == 0
+        assert process.returncode == 128 + number
 
 
 def test_restarted_at_another_world_size_and_stage_is_equal_to_rounding(tmp_path: Path, digits: Path):

@@ -1,10 +1,18 @@
 """`fasttrain train CONFIG [key=value ...]`: trains, or continues, a run."""
 
 import argparse
+import faulthandler
+import sys
 from pathlib import Path
 
-from fasttrain.config import load_config
+from fasttrain.config import RunConfig, load_config
 from fasttrain.engine import distributed
+from fasttrain.engine.activity import Activity
+from fasttrain.engine.ancestry import Orphanhood, end_with_parent
+from fasttrain.engine.watchdog import Watchdog
+from fasttrain.errors import Status
+from fasttrain.lock import WAIT_SECONDS, locked
+from fasttrain.stopping import Stop, Stopped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,18 +29,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="write a profiler trace of N steps into the run folder")
 
 
-def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config, args.overrides)
+def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from fasttrain.dry_run import dry_run
 
-        return dry_run(config)
+        dry_run(load_config(args.config, args.overrides))
+        return Status.DONE
+    stop = Stop()
+    stop.listen()
+    try:
+        end_with_parent()
+        faulthandler.enable()
+        return train(load_config(args.config, args.overrides), stop, args.profile)
+    except Stopped as stopped:
+        print(f"fasttrain: {stopped.told}", file=sys.stderr)
+        raise
+
+
+def train(config: RunConfig, stop: Stop, profile_steps: int = 0) -> int:
+    """Trains to the end or to a request to stop. Returns the exit status: see `errors.Status`."""
     from fasttrain.trainer import Trainer
 
-    with distributed.joined(config.training.timeout_seconds) as processes:
-        trainer = Trainer(config, processes)
-        done = trainer.fit(profile_steps=args.profile)
+    activity, limit = Activity(), config.training.timeout_seconds
+    with (
+        distributed.joined(config.collective_seconds) as processes,
+        locked(config.run_dir, processes, min(WAIT_SECONDS, limit)),
+        Watchdog(processes, activity, config.run_dir, limit, config.patience, each_beat=Orphanhood()) as watchdog,
+    ):
+        trainer = Trainer(config, processes, activity)
+        done = trainer.fit(stop, watchdog, profile_steps)
     if processes.is_main:
         step, total = trainer.progress.step, config.training.steps
         told = f"trained {step} steps" if done else f"stopped and saved at step {step} of {total}; run the same command to continue"
         print(f"{told}: {config.run_dir}")
+    return Status.DONE if done else stop.status

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fasttrain.engine.launch import place
 from fasttrain.errors import UserError
 
 
@@ -66,45 +67,6 @@ class Processes:
         return replace(self, control=group)
 
 
-class StopFlag:
-    """A request to stop that reaches every process in the same step, one step after it was made.
-
-    The launchers send SIGTERM to one rank at a time, so the request is reduced among all ranks. The reduction
-    runs on the CPU beside the step and is read one step later: the device is never waited for.
-    """
-
-    def __init__(self, processes: Processes):
-        self.requested = False
-        self._processes = processes
-        self._flag = torch.zeros(1, dtype=torch.int32)
-        self._work: dist.Work | None = None
-
-    def request(self) -> None:
-        """Asks for a stop; safe to call from a signal handler."""
-        self.requested = True
-
-    def poll(self) -> bool:
-        """Whether all processes stop now; call once a step on every process."""
-        if self._work is not None:
-            self._work.wait()
-            if self._flag.item():
-                return True
-        self._flag = torch.tensor([int(self.requested)], dtype=torch.int32)
-        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._processes.control, async_op=True)
-        return False
-
-    def close(self) -> None:
-        """Waits for the reduction under way, so that no process leaves while another still waits for it."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-
-
-def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, srun with its variables exported) started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 @contextmanager
 def joined(timeout_seconds: float) -> Iterator[Processes]:
     """The processes of a run, for as long as the block lasts.
@@ -136,21 +98,16 @@ def start(timeout_seconds: float) -> Processes:
     Args:
         timeout_seconds: how long a collective may wait before the process gives up.
     """
+    mine = place(os.environ)
     _limit_every_group(timeout_seconds)
-    if not launched():
-        # DeepSpeed reads the rank from the environment whoever started the process.
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    os.environ.update(mine.variables())
     # A process alone has nobody to meet, also when an earlier start in this process has set the ranks.
-    alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ
-    group: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
-    if "LOCAL_RANK" not in os.environ:
-        raise UserError("RANK and WORLD_SIZE are set, LOCAL_RANK is not: export it too (under srun: LOCAL_RANK=$SLURM_LOCALID)")
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = _device(local_rank)
+    group: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if mine.address is None else {}
+    device = _device(mine.local_rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **group)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Processes(rank, world_size, local_rank, device, control)
+    return Processes(mine.rank, mine.world_size, mine.local_rank, device, control)
 
 
 def finish() -> None:
@@ -171,6 +128,8 @@ def _device(local_rank: int) -> torch.device:
 def _limit_every_group(timeout_seconds: float) -> None:
     """Gives the groups that DeepSpeed makes for itself the same limit: it passes no limit on."""
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    # NCCL's own monitor ends a process without a word after 8 minutes in which a CUDA call hangs.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, round(timeout_seconds))))
     dist.distributed_c10d.default_pg_timeout = timeout
     if hasattr(dist.distributed_c10d, "default_pg_nccl_timeout"):
         dist.distributed_c10d.default_pg_nccl_timeout = timeout

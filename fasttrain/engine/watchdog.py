@@ -39,7 +39,7 @@ CONNECT_SECONDS = 30.0
 REPORT_SECONDS = 5.0  # a run folder that hangs must not keep a rank from ending
 RESCUE_SECONDS = 5.0
 EXPLAIN_SECONDS = 3.0  # how long an error waits to hear whether another rank is at fault
-LEAVE_SECONDS = 20.0  # how long a rank that failed may take to leave
+LEAVE_SECONDS = 30.0  # how long a rank that failed may take to leave
 LOCKED_SECONDS = 3.0  # beyond the limit: then a rank whose interpreter is locked up writes its stacks and ends
 GUARD_SECONDS = 4.0  # beyond the limit: then one that does not even do that is woken, and soon killed
 
