@@ -21,11 +21,11 @@ import shutil
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import TrainingState
@@ -33,7 +33,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import sync, whole
 from fasttrain.shares import Slices, Written, damage, share_name
 
-FORMAT: Final = 1
+FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "plan.json"
 _NAME = re.compile(r"step-([0-9]{8,18})")
 _LARGEST = 1 << 28  # bytes of a manifest: more is none of ours, and is not read
@@ -53,9 +53,9 @@ class Progress:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    step: Count = 0
-    position: Count = 0
-    updates: Count = 0
+    step: Count
+    position: Count
+    updates: Count
 
 
 class Sealed(BaseModel):
@@ -92,13 +92,20 @@ class Receipt(Sealed):
 class Plan(Sealed):
     """What a checkpoint holds: enough to refuse it by name where it does not fit."""
 
-    format: Literal[1]  # FORMAT
+    format: int
     progress: Progress
     identity: dict[str, Any]
     shapes: dict[str, list[Annotated[int, Field(gt=0)]]]
     states: list[str]
     world_size: int = Field(gt=0)
     zero_stage: int = Field(ge=0, le=3)
+
+    @field_validator("format")
+    @classmethod
+    def _of_this_version(cls, value: int) -> int:
+        if value != FORMAT:
+            raise ValueError(f"{value}, this version reads {FORMAT}")
+        return value
 
 
 class Manifest(Plan):

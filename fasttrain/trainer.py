@@ -87,7 +87,7 @@ class Trainer:
         self.meters = Meters(processes, config.log.timestep_ranges, config.diffusion.schedule.num_timesteps, self.accumulation_steps)
         self.pace = Pace(processes, time_gathers(self.engine))
         self.spikes = Spikes(config.log.spike)
-        self.progress = Progress()
+        self.progress = Progress(0, 0, 0)
         self.saved_step: int | None = None
         self._reported_step = 0
 

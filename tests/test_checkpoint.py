@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import load_file, save_file
 
 from fasttrain.checkpoint import Manifest, Progress, check_fits, newest_sound, read_weights
 from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import MASTER
 from fasttrain.errors import UserError
+from fasttrain.files import digest
+from fasttrain.shares import Written
 from tests.ranks import run_ranks
 from tests.runs import plain_config, start, trace, zero
 
@@ -273,3 +277,64 @@ def test_the_manifest_is_plain_json_with_digests(saved: Path):
     assert manifest["progress"] == {"step": 6, "position": 96, "updates": 6}
     assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
     assert all(len(entry["xxh3"]) == 32 for entry in manifest["files"].values())
+
+
+NONSENSE: list[tuple[str, Any, str]] = [
+    ("format", 2, "format: "),
+    ("format", True, "format: "),
+    ("progress", {"step": -6, "position": 96, "updates": 6}, "progress.step: "),
+    ("progress", {"step": 6, "position": 96}, "progress.updates: "),
+    ("progress", {"step": 7, "position": 96, "updates": 6}, "is of step 7"),
+    ("progress", {"step": 6, "position": 96, "updates": 6, "more": 1}, "progress.more: "),
+    ("identity", [], "identity: "),
+    ("shapes", {"pos_embed": "18"}, "shapes.pos_embed: "),
+    ("shapes", {"pos_embed": [10**30, 10**30]}, "which its manifest does not name"),
+    ("states", ["master"], "which its manifest does not name"),
+    ("world_size", 10**12, "other files than those"),
+    ("zero_stage", "2", "zero_stage: "),
+    ("files", {}, "other files than those"),
+    ("files", {"../../../config.yaml": {"bytes": 1, "xxh3": "0" * 32}, "/etc/passwd": {"bytes": 1, "xxh3": "0" * 32}}, "other files"),
+    ("files", {"rank-00000.safetensors": {"bytes": -1, "xxh3": "x"}, "rank-00001.safetensors": 5}, "files.rank-00000.safetensors"),
+    ("more", 1, "more: "),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "told"), NONSENSE)
+def test_a_manifest_of_nonsense_is_passed_over_by_name_though_its_digest_is_right(
+    key: str, value: Any, told: str, saved: Path, tmp_path: Path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    path = folder / "checkpoints" / "step-00000006" / "manifest.json"
+    raw = {name: content for name, content in json.loads(path.read_text()).items() if name != "xxh3"}
+    raw[key] = value
+    path.write_text(json.dumps({**raw, "xxh3": xxhash.xxh3_128_hexdigest(json.dumps(raw, sort_keys=True).encode())}))
+    newest, _, [passed_over] = newest_sound(folder)
+    assert newest.name == "step-00000003" and passed_over.startswith("step-00000006: ") and told in passed_over
+    shutil.rmtree(newest)
+    with pytest.raises(UserError, match="can be trusted:\n  step-00000006: "):
+        newest_sound(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "told"),
+    [
+        ("pos_embed|master|0", torch.zeros(4), "twice"),
+        ("pos_embed|master|0", torch.zeros(600, dtype=torch.float64), "F64"),
+        ("pos_embed|master|x", torch.zeros(4), "no slice's name"),
+        ("pos_embed|other|0", torch.zeros(4), "which its manifest does not name"),
+        ("pos_embed|master|9999999", torch.zeros(4), "missing"),
+        ("pos_embed", torch.zeros(4), "no slice's name"),
+        ("pos_embed|ema|0", torch.zeros(2, 2), "1-D"),
+    ],
+)
+def test_slices_that_do_not_make_the_state_are_passed_over(name: str, tensor: torch.Tensor, told: str, saved: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    share = folder / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
+    save_file({**load_file(share), name: tensor}, share)
+    manifest = Manifest.read(share.parent)
+    written = Written(bytes=share.stat().st_size, xxh3=digest(share))
+    manifest.model_copy(update={"files": {**manifest.files, share.name: written}}).write(share.parent / "manifest.json")
+    newest, _, [passed_over] = newest_sound(folder)
+    assert newest.name == "step-00000003" and told in passed_over
