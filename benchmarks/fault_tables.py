@@ -66,6 +66,36 @@ def faults_rows(result: dict[str, Any]) -> Rows:
     return ["fault", "as promised", "measured", "what was not"], rows
 
 
+def useful(results: Path) -> str:
+    """Useful time under kills, and where the rest went."""
+    result = read(results / "cpu" / "useful_time.json")
+    return "\n".join(table(*useful_rows(result))) if result else NOT_RUN
+
+
+def useful_rows(result: dict[str, Any]) -> Rows:
+    """A row a run."""
+    rows = []
+    for run in result["runs"]:
+        pause, enough = run["pause_a_kill"], run["enough_from_step_seconds"]
+        parts = " + ".join(f"{seconds:.1f}" for seconds in pause.values())
+        rows.append(
+            [
+                run["protocol"],
+                f"{100 * run['useful']:.1f} %",
+                f"{run['steps']}, {run['kills']}",
+                f"{run['step_seconds']:.2f} s",
+                f"{sum(pause.values()):.1f} s = {parts}",
+                f"{run['steps_redone_a_kill']:.1f}",
+                f"{100 * run['slower_steps_saves_and_end_seconds'] / run['wall_seconds']:.1f} %",
+                "never" if enough is None else f"{enough:.1f} s",
+            ]
+        )
+    pause = "pause a kill: " + " + ".join(result["runs"][0]["pause_a_kill"])
+    rest = "saves, slower steps, the end"
+    target = f"{100 * result['target']:.0f} % from a step of"
+    return ["kill", "useful", "steps, kills", "a step", pause, "steps done again a kill", rest, target], rows
+
+
 def _figures(figures: dict[str, Any]) -> str:
     told = []
     for name, figure in figures.items():

@@ -34,7 +34,7 @@ def announce(descriptor: int) -> None:
         os.write(descriptor, f"{time.monotonic():.6f} {what} {step}\n".encode())
 
     _around(Activity, "begin", before=lambda activity, what, step: say(what, step))
-    _around(Saver, "begin", before=lambda saver, state, progress, *rest: say("snapshot", progress.step))
+    _around(Saver, "begin", before=lambda saver, state, plan: say("snapshot", plan.progress.step))
     _around(
         Saver,
         "_write_share",
