@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from fasttrain.data.remote.addresses import refuse_secrets
 
 
 class DataConfig(BaseModel):
@@ -38,3 +40,9 @@ class DataConfig(BaseModel):
     cache_gib: float = Field(default=64, gt=0, le=2**30)
     retry_seconds: float = Field(default=300, ge=0, le=1e7)
     allow_pipe: bool = False
+
+    @field_validator("train")
+    @classmethod
+    def _carries_no_secret(cls, train: str) -> str:
+        refuse_secrets(train)
+        return train
