@@ -102,7 +102,7 @@ def order_of(shards: Path, legs: Sequence[tuple[int, int]], threads: int, micro_
     for world_size, steps in legs:
         batches = steps * GLOBAL_BATCH // (world_size * micro_batch)
         for rank in range(world_size):
-            with closing(training_loader(data, ShardSet.open(data.train, data.verify), torch.tensor(3))) as loader:
+            with closing(training_loader(data, ShardSet.open(data.train, data), torch.tensor(3))) as loader:
                 for batch in islice(loader.batches(start, micro_batch, rank, world_size), batches):
                     for n, sample in zip(batch.position.tolist(), batch.sample_id.tolist(), strict=True):
                         assert n not in by_position, f"position {n} was drawn twice"

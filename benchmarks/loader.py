@@ -72,7 +72,7 @@ def our_batches(shards: ShardSet) -> Iterator[object]:
 
 def webdataset_batches(shards: ShardSet) -> Iterator[object]:
     """webdataset as its documentation shows it: shuffle, decode, to_tuple, batched."""
-    urls = [str(shards.folder / shard.file) for shard in shards.index.shards]
+    urls = [f"{shards.files.place}/{shard.file}" for shard in shards.index.shards]
     while True:
         yield from webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("npy", "cls").batched(BATCH)
 
@@ -88,9 +88,9 @@ def measure(batches: Iterator[object], seconds: float) -> float:
 
 def check_parity(shards: ShardSet) -> None:
     """Both arms give the same samples, or neither has a speed."""
-    urls = [str(shards.folder / shard.file) for shard in shards.index.shards[:1]]
+    urls = [f"{shards.files.place}/{shard.file}" for shard in shards.index.shards[:1]]
     theirs = itertools.islice(webdataset.WebDataset(urls, shardshuffle=False).decode().to_tuple("npy", "cls"), 100)
-    arrays, labels = shards.gather(np.arange(100))
+    arrays, labels, _ = shards.gather(np.arange(100))
     for (array, label), ours, our_label in zip(theirs, arrays, labels, strict=True):
         if label != our_label or not np.array_equal(array, ours):
             raise SystemExit("the two arms read different samples")

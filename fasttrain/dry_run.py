@@ -24,7 +24,7 @@ def dry_run(config: RunConfig) -> None:
     """Prints parameters, FLOPs and memory per ZeRO stage and rank, reads one batch, and checks everything a start would check."""
     console = Console(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    shards = ShardSet.open(config.data.train, config.data.verify)
+    shards = ShardSet.open(config.data.train, config.data)
     config = resolve(config, shards.index)
     seed = torch.tensor(config.seed)
     check_kernels(config.kernels, seed)

@@ -11,6 +11,7 @@ from fasttrain.building import build_network, build_objective
 from fasttrain.checkpoint import FORMAT, Checkpoints, Manifest, Plan, Progress, check_fits
 from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
+from fasttrain.damage_report import DamageReport
 from fasttrain.data.loader import held_out_loader, training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.activity import Activity
@@ -45,8 +46,8 @@ class Trainer:
     """A run in progress. `config` is the run's, `processes` this process among its ranks; `fit` does everything."""
 
     def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
-        shards = ShardSet.open(config.data.train, config.data.verify)
-        self.index = shards.index
+        shards = ShardSet.open(config.data.train, config.data)
+        self.index, self.damage = shards.index, shards.damage
         self.config = config = resolve(config, shards.index)
         self.processes = processes
         self.activity = activity or Activity()
@@ -107,8 +108,10 @@ class Trainer:
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
             self.skips = stack.enter_context(closing(Skips(config, self.processes)))
+            self.damaged = stack.enter_context(closing(DamageReport(config.run_dir, self.processes, self.damage)))
             self.resume(reporter, found)
             self._forget_later(reporter)
+            self.damaged.tell(reporter.say, self.progress.step, 0)
             if config.training.compile:
                 self.engine.compile()
             self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)
@@ -142,9 +145,9 @@ class Trainer:
             loss = self.objective(self.engine, batch.clean, batch.labels, batch.position, dtype=self.dtype)
             self._begin("backward", step)
             self.engine.backward(with_its_gradient(loss.loss))
-            self._begin("update", step)
             if not remaining:
                 self.before_update(step)
+            self._begin("update", step)
             self.engine.step()
             self.meters.add(loss.loss, loss.by_range)
         self.pace.end_step()
@@ -158,6 +161,7 @@ class Trainer:
             self._check_replicas(step)
 
     def _check_replicas(self, step: int) -> None:
+        self.activity.begin("comparing", step)  # an activity from which nothing is rescued
         if told := differing(self.processes, self.state.replicated()):
             raise CorruptedError(f"at step {step} {told}; nothing is saved: start the same command again, from the checkpoint before")
 
@@ -193,6 +197,7 @@ class Trainer:
         if self.saved_step != self.progress.step:
             if self.config.training.checksum_every:
                 self._check_replicas(self.progress.step)
+            self.activity.begin("saving", self.progress.step)
             self.saver.begin(self.state, self._plan())
             self.saved_step = self.progress.step
 
@@ -242,11 +247,11 @@ class Trainer:
         if last or step % config.log.every == 0:
             self.activity.begin("reporting", step)
             record = self._record(watch)
+            record["samples_replaced"] = self.damaged.tell(reporter.say, step, self.loader.replaced)
             reporter.report(record)
             self._tell_spikes(reporter, record["losses"])
         with watch.pause():
             if last or step % config.checkpoint.every == 0:
-                self.activity.begin("saving", step)
                 self.save()
             if last:
                 self.activity.begin("finishing", step)

@@ -130,14 +130,17 @@ def test_shards_of_another_kind_than_the_models(tmp_path, stored, sections, name
     [
         (lambda folder: shutil.rmtree(folder), ["no such folder of shards", "fasttrain prepare"]),
         (lambda folder: [path.unlink() for path in folder.rglob("*") if path.is_file()], ["index.json: missing", "fasttrain prepare"]),
-        (lambda folder: (folder / "shard-00001.tar").unlink(), ["shard-00001.tar: this shard is missing", "fasttrain prepare"]),
         (
-            lambda folder: os.truncate(folder / "shard-00001.tar", 70_000),
-            ["shard-00001.tar: 70000 bytes", "cut short", "fasttrain prepare"],
+            lambda folder: (folder / "shard-00001.tar").unlink(),
+            ["shard-00001.tar: 599 of 599 (missing)", "data.max_damaged 0.01", "fasttrain prepare"],
         ),
         (
-            lambda folder: _flip_a_bit(folder / "shard-00000.tar"),
-            ["shard-00000.tar: its content is not what was prepared", "fasttrain prepare"],
+            lambda folder: os.truncate(folder / "shard-00001.tar", 70_000),
+            ["shard-00001.tar: 565 of 599", "cut short: 70000 of", "fasttrain prepare"],
+        ),
+        (
+            lambda folder: _flip_a_bit(folder / "labels.npy"),
+            ["labels.npy: its content is not what was prepared", "fasttrain prepare"],
         ),
         (lambda folder: (folder / "index.json").write_text("{"), ["index.json", "prepare the set again"]),
     ],

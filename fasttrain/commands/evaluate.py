@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
-from fasttrain.data.index import INDEX_FILE
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine import distributed
 from fasttrain.errors import UserError
 from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.evaluation.features import FEATURES
 from fasttrain.evaluation.protocol import Protocol
-from fasttrain.files import digest
 from fasttrain.trained import Trained
 
 REFERENCE_BATCH = 4096
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8], reference: ShardSet) -> None:
     protocol = Protocol(
         reference=args.reference.name,
-        reference_digest=digest(args.reference / INDEX_FILE),
+        reference_digest=reference.index.xxh3,
         checkpoint_step=trained.step,
         weights=trained.weights,
         sampler={"name": "heun", "steps": args.steps},
@@ -67,5 +65,5 @@ def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8]
 
 def _images(shards: ShardSet) -> Iterator[NDArray[np.uint8]]:
     for start in range(0, len(shards), REFERENCE_BATCH):
-        pixels, _ = shards.gather(np.arange(start, min(start + REFERENCE_BATCH, len(shards))))
-        yield pixels.transpose(0, 2, 3, 1)
+        found = shards.gather(np.arange(start, min(start + REFERENCE_BATCH, len(shards))))
+        yield found.arrays[found.readable].transpose(0, 2, 3, 1)

@@ -2,10 +2,13 @@
 
     index.json      format, kind, shapes, classes, source, VAE, and each shard's size, digest, first offset and stride
     labels.npy      int64 [samples], in the order of the sample_ids
+    digests.npy     uint64 [samples], xxh3 of each sample's array: what a damaged shard still holds is known by them
     shard-00000.tar ...
 
 Samples of a set all have one shape, and webdataset's writer stores a sample as `KEY.cls` and then `KEY.npy`, each padded to the tar's
 512 bytes. So a shard's arrays lie at `offset + row * stride`, and an index of two numbers a shard is an index of every sample.
+
+Shards made elsewhere (layout "members") have the same index, made at first use; where their samples lie is kept apart, see `foreign`.
 """
 
 import math
@@ -13,13 +16,16 @@ from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 INDEX_FILE = "index.json"
 LABELS_FILE = "labels.npy"
+DIGESTS_FILE = "digests.npy"
 # What numpy writes before the arrays of this project: magic, version, a dictionary, padded to 64.
 NPY_HEADER = 128
 DIGEST = r"^[0-9a-f]{32}$"
@@ -32,7 +38,7 @@ class _Strict(BaseModel):
 class Shard(_Strict):
     """One tar: its name, samples and size in bytes, its digest, and where its arrays lie (bytes)."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
+    file: str = Field(pattern=r"^[A-Za-z0-9_][^/\\\x00-\x1f]*$")
     samples: int = Field(ge=0)
     bytes: int = Field(ge=0)
     xxh3: str = Field(pattern=DIGEST)
@@ -65,15 +71,17 @@ class Index(_Strict):
     """
 
     format: int
+    layout: Literal["arrays", "members"] = "arrays"
     kind: Literal["image", "latent"]
     samples: int = Field(ge=1)
     rejected: int = Field(ge=0)
     shape: tuple[int, ...] = Field(min_length=3, max_length=5, strict=False)
     dtype: Literal["uint8", "float16", "float32"]
-    classes: tuple[str, ...] = Field(min_length=1, strict=False)
-    num_classes: int = Field(ge=1)
+    classes: tuple[str, ...] = Field(strict=False)
+    num_classes: int = Field(ge=0)
     source: Source
     labels_xxh3: str = Field(pattern=DIGEST)
+    digests_xxh3: str = Field(pattern=DIGEST)
     vae: VaeRecord | None = None
     latent_shift: tuple[float, ...] | None = Field(default=None, strict=False)
     latent_scale: tuple[float, ...] | None = Field(default=None, strict=False)
@@ -86,7 +94,7 @@ class Index(_Strict):
         if self.samples != sum(shard.samples for shard in self.shards):
             raise ValueError("the shards' samples do not add up to `samples`")
         self._check_kind()
-        for shard in self.shards:
+        for shard in self.shards if self.layout == "arrays" else ():
             last = shard.offset + (shard.samples - 1) * shard.stride + self.sample_bytes
             if shard.samples and (shard.offset < NPY_HEADER or last > shard.bytes or shard.stride < self.sample_bytes):
                 raise ValueError(f"{shard.file}: its samples do not lie inside its {shard.bytes} bytes")
@@ -119,6 +127,11 @@ class Index(_Strict):
         """Samples of each shard, in order: what data.order needs to know."""
         return tuple(shard.samples for shard in self.shards)
 
+    @property
+    def xxh3(self) -> str:
+        """Digest of all of it: which set this is, wherever it lies."""
+        return xxhash.xxh3_128_hexdigest(self.model_dump_json().encode())
+
 
 def read_index(folder: Path) -> Index:
     """The index of a folder of shards, validated.
@@ -128,10 +141,17 @@ def read_index(folder: Path) -> Index:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make one with `fasttrain prepare digits|images|latents`")
-    path = folder / INDEX_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: missing, so this is no finished set of shards; run (or finish) `fasttrain prepare` for this folder")
-    text = path.read_bytes()
+    return index_of(LocalFiles(folder))
+
+
+def index_of(files: ShardFiles) -> Index:
+    """The index among a set's files, validated. Raises UserError as `read_index`."""
+    path = f"{files.place}/{INDEX_FILE}"
+    try:
+        text = files.path(INDEX_FILE).read_bytes()
+    except FileNotFoundError:
+        told = "missing, so this is no finished set of shards; run (or finish) `fasttrain prepare` for this folder"
+        raise UserError(f"{path}: {told}") from None
     version = _version(path, text)
     if version != FORMAT:
         raise UserError(f"{path}: format {version}, but this fasttrain reads format {FORMAT}; prepare the set again")
@@ -142,7 +162,7 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"{path}: {told}; the file was changed or damaged: prepare the set again") from None
 
 
-def _version(path: Path, text: bytes) -> object:
+def _version(path: str, text: bytes) -> object:
     """The format number alone, so that another version is told as such and not as a list of unknown keys."""
 
     class Head(BaseModel):

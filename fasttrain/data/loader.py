@@ -23,6 +23,7 @@ from torch import Tensor
 from fasttrain.data.config import DataConfig
 from fasttrain.data.order import HeldOut, Order, SampleOrder
 from fasttrain.data.shards import ShardSet
+from fasttrain.data.substitutes import replace_unreadable
 from fasttrain.data.transform import build_transform
 from fasttrain.errors import UserError
 
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     clean: Tensor | Posterior  # x0 [B, C, H, W] fp32, or the stored posteriors that it is drawn from
     labels: Tensor  # [B] int64
     position: Tensor  # [B] int64
-    sample_id: Tensor  # [B] int64
+    sample_id: Tensor  # [B] int64, of what was really used
 
     def x0(self, seed: Tensor) -> Tensor:
         """x0 [B, C, H, W] fp32: of latents the draw that training makes under the run's `seed` [] int64."""
@@ -45,6 +46,7 @@ class _Raw(NamedTuple):
 
     on_device: list[Tensor]
     sample_id: Tensor
+    replaced: int
     copied: torch.cuda.Event | None
 
 
@@ -63,6 +65,9 @@ class Loader:
         device: where batches go; on CUDA through pinned memory and a stream of its own.
         threads: that gather; 0 gathers in the caller. Any number gives the same batches in the same order.
         ahead: batches gathered before they are asked for, where there are threads.
+
+    Attributes:
+        replaced: positions given so far whose sample could not be read, and was replaced by another.
     """
 
     def __init__(
@@ -81,19 +86,29 @@ class Loader:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fasttrain-loader") if threads else None
         self._ahead = ahead
+        self.replaced = 0
 
     def batches(self, start_position: int, micro_batch: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Endless micro-batches of a rank from a position on.
 
         Raises (from the iterator, in the caller):
-            UserError: a shard that is missing, cut short or damaged, by name.
+            UserError: more of the set is unreadable than may be, or a passing failure lasted too long.
         """
         if micro_batch < 1 or start_position < 0 or not 0 <= rank < world_size:
             told = f"micro_batch {micro_batch}, start_position {start_position}, rank {rank}, world_size {world_size}"
             raise ValueError(f"micro_batch must be positive, start_position >= 0 and 0 <= rank < world_size; got {told}")
-        numbers = itertools.count()
-        jobs = (positions_of(start_position, i, micro_batch, rank, world_size) for i in numbers)
-        return (self._finish(raw) for raw in self._raw(jobs))
+        return (self._finish(raw) for raw in self._raw(self._jobs(start_position, micro_batch, rank, world_size)))
+
+    def _jobs(self, start_position: int, micro_batch: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+        """The positions of batch after batch; says on the way which shards come next."""
+        said = None
+        for number in itertools.count():
+            positions = positions_of(start_position, number, micro_batch, rank, world_size)
+            first = int(positions[0])
+            if self.order.stretch(first) != said:
+                said = self.order.stretch(first)
+                self.shards.ahead(self.order.shards_ahead(first, rank, world_size))
+            yield positions
 
     def _raw(self, jobs: Iterator[np.ndarray]) -> Iterator[_Raw]:
         if self._pool is None:
@@ -111,9 +126,9 @@ class Loader:
 
     def _gather(self, positions: np.ndarray) -> _Raw:
         ids = self.order.sample_ids(positions)
-        stored, labels = self.shards.gather(ids)
-        on_device, copied = self._copy([torch.from_numpy(array) for array in (stored, labels, positions)])
-        return _Raw(on_device, torch.from_numpy(ids), copied)
+        ids, found, replaced = replace_unreadable(self.shards.gather, self.order.substitutes, positions, ids)
+        on_device, copied = self._copy([torch.from_numpy(array) for array in (found.arrays, found.labels, positions)])
+        return _Raw(on_device, torch.from_numpy(ids), replaced, copied)
 
     def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
         if self._stream is None:
@@ -132,6 +147,7 @@ class Loader:
                 # The copy's stream owns this memory: it must not be used again before the consumer's stream is done with it.
                 tensor.record_stream(current)
         stored, labels, position = raw.on_device
+        self.replaced += raw.replaced
         return Batch(self.transform(stored, position), labels, position, raw.sample_id)
 
     def close(self) -> None:
@@ -151,7 +167,7 @@ def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor, kernels:
 
     Args:
         config: the `data:` section.
-        shards: ShardSet.open(config.train, config.verify).
+        shards: ShardSet.open(config.train, config).
         seed: [] int64 of the run; keys the order and the flips of images.
         kernels: the implementation of each operation; default: auto for all.
 
@@ -175,4 +191,4 @@ def held_out_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loade
     if not 0 < config.held_out <= len(shards):
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; give 1 or more, and leave some")
     transform = build_transform(shards.index, seed, flip=False, normalise=config.normalise)
-    return Loader(shards, HeldOut(len(shards), config.held_out), transform, seed.device, config.threads, config.ahead)
+    return Loader(shards, HeldOut(len(shards), config.held_out, int(seed)), transform, seed.device, config.threads, config.ahead)

@@ -19,7 +19,10 @@ import numpy as np
 import torch
 from fasttrain_kernels.philox import Purpose, philox
 
+from fasttrain.data.substitutes import substitutes
+
 _MAX_BLOCKS = 1 << 32
+_LOOKS = 4
 
 
 def permutation(samples: int, seed: int, epoch: int = 0, block: int = 0) -> np.ndarray:
@@ -35,10 +38,22 @@ def permutation(samples: int, seed: int, epoch: int = 0, block: int = 0) -> np.n
 
 
 class SampleOrder(Protocol):
-    """Anything that tells which sample_id stands at a position."""
+    """Anything that tells which sample_id stands at a position, what may stand in for it, and which shards come next."""
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """int64 positions [n] -> int64 sample_ids [n]."""
+        ...
+
+    def substitutes(self, positions: np.ndarray, attempt: int) -> np.ndarray:
+        """int64 positions [n] -> the sample_ids to try there after `attempt` others, int64 [n]."""
+        ...
+
+    def stretch(self, position: int) -> int:
+        """A number that changes when other shards come next."""
+        ...
+
+    def shards_ahead(self, position: int, rank: int, world_size: int) -> list[int]:
+        """The shards that a rank reads from this position on, as far as is worth fetching, soonest first."""
         ...
 
 
@@ -87,6 +102,32 @@ class Order:
             ids[group] = self._shuffled(*key[:, start].tolist())[row[group]]
         return ids
 
+    def substitutes(self, positions: np.ndarray, attempt: int) -> np.ndarray:
+        """What to try in place of an unreadable sample, after `attempt` others: never a held-out one."""
+        return substitutes(self.seed, positions, attempt, range(self.samples))
+
+    def stretch(self, position: int) -> int:
+        """Counts quarters of windows: the shards ahead are another list in each."""
+        return position // max(1, self.window * self.streams // _LOOKS)
+
+    def shards_ahead(self, position: int, rank: int, world_size: int) -> list[int]:
+        """The shards of this window and the next in each stream that the rank reads; of all streams where the world divides none."""
+        mine = range(rank, self.streams, world_size) if self.streams % world_size == 0 else range(self.streams)
+        epoch, p = divmod(position, self.samples)
+        window = p // self.streams // self.window
+        found = [shard for step in (0, 1) for stream in mine for shard in self._shards_of(epoch, stream, window + step)]
+        return list(dict.fromkeys(found))
+
+    def _shards_of(self, epoch: int, stream: int, window: int) -> list[int]:
+        """The shards that one window of a stream reads; those of the next epoch's first behind the last."""
+        first = self._stream_start(stream) + window * self.window
+        stop = min(first + self.window, self._stream_start(stream + 1))
+        if first >= stop:
+            return self._shards_of(epoch + 1, stream, 0) if window else []
+        shards, ends = self._shard_order(epoch)
+        low, high = np.searchsorted(ends, [first, stop - 1], side="right")
+        return shards[low : high + 1].tolist()
+
     def _shuffle_window(self, epoch: int, stream: int, window: int) -> np.ndarray:
         """The sample_ids of one window of a stream, shuffled."""
         first = self._stream_start(stream) + window * self.window
@@ -112,14 +153,26 @@ class Order:
 
 
 class HeldOut:
-    """The last `held_out` of `samples`, in order and again from the start: what Order leaves out."""
+    """The last `held_out` of `samples`, in order and again from the start: what Order leaves out. `seed` keys substitutes."""
 
-    def __init__(self, samples: int, held_out: int):
+    def __init__(self, samples: int, held_out: int, seed: int = 0):
         if not 0 < held_out <= samples:
             raise ValueError(f"held_out must lie in 1 .. {samples}; got {held_out}")
         self.samples = held_out
+        self.seed = seed
         self._first = samples - held_out
 
     def sample_ids(self, positions: np.ndarray) -> np.ndarray:
         """The sample_id of each position: int64 [n] -> int64 [n]."""
         return self._first + np.asarray(positions, np.int64) % self.samples
+
+    def substitutes(self, positions: np.ndarray, attempt: int) -> np.ndarray:
+        """What to try in place of an unreadable sample: another held-out one."""
+        return substitutes(self.seed, positions, attempt, range(self._first, self._first + self.samples))
+
+    def stretch(self, position: int) -> int:
+        """Held-out samples are few: nothing is fetched ahead for them."""
+        return 0
+
+    def shards_ahead(self, position: int, rank: int, world_size: int) -> list[int]:
+        return []

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     ORDER = 5
     SAMPLE = 6
     HELD_OUT = 7
+    SUBSTITUTE = 8
 
 
 def int64_tensor(value: Tensor | int, device: torch.device | None) -> Tensor:

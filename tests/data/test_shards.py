@@ -17,7 +17,7 @@ from fasttrain.errors import UserError
 def test_gather_gives_the_samples_in_the_order_asked_for(prepared_digits: Path):
     shards, stored = ShardSet.open(prepared_digits), load_digits()
     ids = np.random.default_rng(0).integers(0, len(shards), 500)
-    arrays, labels = shards.gather(ids)
+    arrays, labels, _ = shards.gather(ids)
     source = permutation(1797, 0)[ids]
     assert arrays.dtype == np.uint8 and arrays.shape == (500, 1, 8, 8) and labels.dtype == np.int64
     np.testing.assert_array_equal(arrays[:, 0], np.rint(stored.images[source] * 255 / 16))
@@ -26,9 +26,9 @@ def test_gather_gives_the_samples_in_the_order_asked_for(prepared_digits: Path):
 
 def test_gather_gives_memory_of_its_own(prepared_digits: Path):
     shards = ShardSet.open(prepared_digits)
-    arrays, labels = shards.gather(np.arange(3))
+    arrays, labels, _ = shards.gather(np.arange(3))
     arrays[:], labels[:] = 1, 1
-    again, _ = shards.gather(np.arange(3))
+    again, _, _ = shards.gather(np.arange(3))
     assert again.min() == 0
     assert shards.gather(np.empty(0, np.int64))[0].shape == (0, 1, 8, 8)
 
@@ -65,41 +65,15 @@ def test_empty_folder(tmp_path: Path):
         ShardSet.open(tmp_path)
 
 
-def test_missing_shard(digits: Path):
-    (digits / "shard-00001.tar").unlink()
-    with pytest.raises(UserError, match=r"shard-00001\.tar: this shard is missing; restore"):
-        ShardSet.open(digits)
-
-
-@pytest.mark.parametrize("kept", [0, 1, 512, 100_000, 1_000_000])
-def test_truncated_tar(digits: Path, kept: int):
-    path = digits / "shard-00002.tar"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=rf"shard-00002\.tar: {kept} bytes where the index says \d+: the tar is cut short; restore"):
-        ShardSet.open(digits)
-
-
-@pytest.mark.parametrize("place", [0, 600_000, -1])
-def test_flipped_bit_is_noticed_at_first_touch(digits: Path, place: int):
-    path = digits / "shard-00001.tar"
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    shards = ShardSet.open(digits)
-    shards.gather(np.arange(599))
-    with pytest.raises(UserError, match=r"shard-00001\.tar: its content is not what was prepared \(xxh3 differs\); restore"):
-        shards.gather(np.array([0, 700]))
-    ShardSet.open(digits, verify=False).gather(np.array([0, 700]))
-
-
-def test_labels_are_verified(digits: Path):
-    content = bytearray((digits / "labels.npy").read_bytes())
+@pytest.mark.parametrize("name", ["labels.npy", "digests.npy"])
+def test_labels_and_digests_are_verified(digits: Path, name: str):
+    content = bytearray((digits / name).read_bytes())
     content[200] ^= 1
-    (digits / "labels.npy").write_bytes(content)
-    with pytest.raises(UserError, match=r"labels\.npy: its content is not what was prepared"):
+    (digits / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: its content is not what was prepared"):
         ShardSet.open(digits)
-    (digits / "labels.npy").unlink()
-    with pytest.raises(UserError, match=r"labels\.npy: missing"):
+    (digits / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing"):
         ShardSet.open(digits)
 
 
@@ -111,7 +85,7 @@ def _edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"format": 2}, "format 2, but this fasttrain reads format 1"),
+        ({"format": 1}, "format 1, but this fasttrain reads format 2"),
         ({"samples": 1796}, "do not add up"),
         ({"num_classes": 9}, "num_classes is 9, but 10 classes are named"),
         ({"shape": [1, 8, 800]}, "do not lie inside"),
@@ -130,7 +104,7 @@ def test_an_index_that_contradicts_itself_is_refused(digits: Path, changes: dict
 @pytest.mark.parametrize("changes", [{"shape": [1, 4, 8]}, {"shape": [64, 1, 1]}])
 def test_an_index_of_another_shape_is_noticed_at_first_touch(digits: Path, changes: dict):
     _edit(digits, **changes)
-    with pytest.raises(UserError, match=r"shard-00000\.tar: holds uint8 \[1, 8, 8\] where the index says uint8"):
+    with pytest.raises(UserError, match=r"shard-00000\.tar: holds no uint8 .* where the index says"):
         ShardSet.open(digits).gather(np.array([3]))
 
 

@@ -68,7 +68,7 @@ def test_to_latents_undoes_the_scaling():
 def _latent_index() -> Index:
     return Index.model_validate(
         {
-            "format": 1,
+            "format": 2,
             "kind": "latent",
             "samples": 1,
             "rejected": 0,
@@ -78,6 +78,7 @@ def _latent_index() -> Index:
             "num_classes": 1,
             "source": {"name": "s", "xxh3": "0" * 32},
             "labels_xxh3": "0" * 32,
+            "digests_xxh3": "0" * 32,
             "vae": {"id": "v", "scaling_factor": 0.18215},
             "latent_shift": [1.0, 2.0],
             "latent_scale": [3.0, 4.0],

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fasttrain.data.index import FORMAT, INDEX_FILE, LABELS_FILE, Index
+from fasttrain.data.index import DIGESTS_FILE, FORMAT, INDEX_FILE, LABELS_FILE, Index
 from fasttrain.data.prepare.plan import Plan, claim
 from fasttrain.data.prepare.processes import run_jobs
 from fasttrain.data.prepare.progress import FolderProgress, speed
@@ -140,14 +140,15 @@ def _all_receipts(out: Path, plan: Plan[T]) -> list[Receipt]:
 
 
 def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measure | None) -> Index:
-    """Writes labels, rejections and, last of all, the index: only with it does the folder count as a set."""
+    """Writes labels, digests, rejections and, last of all, the index: only with it does the folder count as a set."""
     rejected = [rejection for receipt in receipts for rejection in receipt.rejected]
     try:
         if rejected:
             write_whole(out / REJECTED_FILE, "".join(f"{line.model_dump_json()}\n" for line in rejected).encode())
         if len(rejected) == len(plan.entries):
             raise UserError(f"{out}: not one of the {len(rejected)} files is a readable image; their reasons are in {REJECTED_FILE}")
-        write_whole(out / LABELS_FILE, _labels(receipts))
+        write_whole(out / LABELS_FILE, _npy([label for receipt in receipts for label in receipt.labels], np.int64))
+        write_whole(out / DIGESTS_FILE, _npy([each for receipt in receipts for each in receipt.digests], np.uint64))
         index = Index(
             format=FORMAT,
             kind=plan.kind,
@@ -159,6 +160,7 @@ def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measur
             num_classes=len(plan.classes),
             source=plan.source,
             labels_xxh3=digest(out / LABELS_FILE),
+            digests_xxh3=digest(out / DIGESTS_FILE),
             vae=plan.vae,
             shards=tuple(receipt.shard for receipt in receipts),
             **(measure(out, receipts) if measure else {}),
@@ -171,7 +173,7 @@ def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measur
     return index
 
 
-def _labels(receipts: list[Receipt]) -> bytes:
+def _npy(values: list[int], dtype: type) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.array([label for receipt in receipts for label in receipt.labels], np.int64))
+    np.save(buffer, np.array(values, dtype))
     return buffer.getvalue()

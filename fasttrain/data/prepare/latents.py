@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fasttrain.data.arrays import array_view
 from fasttrain.data.index import Source
 from fasttrain.data.prepare.assembly import Prepared, prepare_set
 from fasttrain.data.prepare.images import ImageMaker, available_cores
@@ -23,7 +24,6 @@ from fasttrain.data.prepare.pixels import Unreadable
 from fasttrain.data.prepare.plan import Plan
 from fasttrain.data.prepare.source import Entry, Listing, open_source
 from fasttrain.data.prepare.writer import Made, Receipt
-from fasttrain.data.shards import array_view
 from fasttrain.data.vae import Vae
 from fasttrain.errors import UserError
 

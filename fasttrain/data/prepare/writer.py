@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import webdataset
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fasttrain.data.index import NPY_HEADER, Shard
@@ -47,6 +48,7 @@ class Receipt(BaseModel):
 
     shard: Shard
     labels: list[int]
+    digests: list[int]
     rejected: list[Rejection]
 
 
@@ -69,13 +71,14 @@ def write_shard(out: Path, number: int, first_key: int, made: Iterable[Made]) ->
     path = out / shard_name(number)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     labels: list[int] = []
+    digests: list[int] = []
     rejected: list[Rejection] = []
     try:
         with temporary.open("wb") as file:
-            _fill(file, _accepted(first_key, made, labels, rejected))
+            _fill(file, _accepted(first_key, made, labels, digests, rejected))
             file.flush()
             os.fsync(file.fileno())
-        receipt = Receipt(shard=_describe(temporary, path.name, len(labels)), labels=labels, rejected=rejected)
+        receipt = Receipt(shard=_describe(temporary, path.name, len(labels)), labels=labels, digests=digests, rejected=rejected)
         temporary.replace(path)
         write_whole(_receipt_path(out, number), receipt.model_dump_json().encode())
     except OSError as error:
@@ -125,14 +128,18 @@ def space_error(error: OSError, path: Path) -> Exception:
     return UserError(f"{path}: no space left; free some and run the same command again: the finished shards are kept")
 
 
-def _accepted(first_key: int, made: Iterable[Made], labels: list[int], rejected: list[Rejection]) -> Iterator[dict[str, str | bytes]]:
-    """The readable entries as webdataset samples; notes labels and rejections on the way."""
+def _accepted(
+    first_key: int, made: Iterable[Made], labels: list[int], digests: list[int], rejected: list[Rejection]
+) -> Iterator[dict[str, str | bytes]]:
+    """The readable entries as webdataset samples; notes labels, digests and rejections on the way."""
     for key, (file, sample) in enumerate(made, first_key):
         if isinstance(sample, Unreadable):
             rejected.append(Rejection(file=file, reason=str(sample)))
             continue
         array, label = sample
+        array = np.ascontiguousarray(array)
         labels.append(label)
+        digests.append(xxhash.xxh3_64_intdigest(array.data))
         yield {"__key__": f"{key:09d}", "cls": str(label).encode(), "npy": _npy(array)}
 
 
@@ -144,7 +151,7 @@ def _fill(file: io.BufferedWriter, samples: Iterator[dict[str, str | bytes]]) ->
 
 def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 

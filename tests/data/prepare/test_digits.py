@@ -17,7 +17,7 @@ from ..conftest import contents
 
 
 def test_all_digits_are_there(prepared_digits: Path):
-    arrays, labels = ShardSet.open(prepared_digits).gather(np.arange(1797))
+    arrays, labels, _ = ShardSet.open(prepared_digits).gather(np.arange(1797))
     stored = load_digits()
     pairs = sorted((a.tobytes(), label) for a, label in zip(arrays, labels.tolist(), strict=True))
     expected = np.rint(stored.images * 255 / 16).astype(np.uint8)
@@ -28,7 +28,7 @@ def test_stock_webdataset_reads_the_same(prepared_digits: Path):
     shards = ShardSet.open(prepared_digits)
     urls = [str(prepared_digits / shard.file) for shard in shards.index.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    arrays, labels = shards.gather(np.arange(1797))
+    arrays, labels, _ = shards.gather(np.arange(1797))
     np.testing.assert_array_equal(np.stack([sample["npy"] for sample in samples]), arrays)
     assert [sample["cls"] for sample in samples] == labels.tolist()
     assert [int(sample["__key__"]) for sample in samples] == list(range(1797))

@@ -60,7 +60,7 @@ def test_a_tar_gives_the_shards_of_its_tree(image_tree: Path, prepared_tree: Pat
 def test_stock_webdataset_reads_the_same(prepared_tree: Path):
     shards = ShardSet.open(prepared_tree)
     urls = [str(prepared_tree / shard.file) for shard in shards.index.shards]
-    arrays, labels = shards.gather(np.arange(203))
+    arrays, labels, _ = shards.gather(np.arange(203))
     for sample, array, label in zip(webdataset.WebDataset(urls, shardshuffle=False).decode(), arrays, labels, strict=True):
         np.testing.assert_array_equal(sample["npy"], array)
         assert sample["cls"] == label
@@ -125,7 +125,7 @@ def test_unreadable_images_are_skipped_counted_and_named(odd_tree: Path, tmp_pat
     rejected = {line["file"]: line["reason"] for line in map(json.loads, (out / "rejected.jsonl").read_text().splitlines())}
     assert rejected["b/notes.txt"] == "not an image in a known format" and rejected["b/void.jpg"] == "an empty file"
     assert "truncated" in rejected["a/cut.jpg"].lower() and len(rejected) == 3
-    arrays, labels = ShardSet.open(out).gather(np.arange(10))
+    arrays, labels, _ = ShardSet.open(out).gather(np.arange(10))
     assert arrays.shape == (10, 3, 16, 16) and np.bincount(labels).tolist() == [4, 6]
 
 
@@ -215,5 +215,5 @@ def test_the_command(image_tree: Path, prepared_tree: Path, capsys: pytest.Captu
 def test_real_photographs(tmp_path: Path):
     index = prepare_images(REAL, tmp_path / "set", size=64).index
     assert (index.samples, index.rejected, index.num_classes) == (200, 0, 200)
-    arrays, labels = ShardSet.open(tmp_path / "set").gather(np.arange(200))
+    arrays, labels, _ = ShardSet.open(tmp_path / "set").gather(np.arange(200))
     assert sorted(labels.tolist()) == list(range(200)) and 90 < arrays.mean() < 140 and arrays.std() > 50

@@ -45,8 +45,8 @@ def prepared(image_tree: Path, vae_folder: Path, tmp_path_factory: pytest.TempPa
 
 def test_both_views_are_the_encodings_of_the_image_and_its_mirror(image_tree: Path, vae_folder: Path, prepared: Path, tmp_path: Path):
     prepare_images(image_tree, tmp_path / "pixels", size=16, shard_size=40)
-    pixels, labels = ShardSet.open(tmp_path / "pixels").gather(np.arange(203))
-    stored, latent_labels = ShardSet.open(prepared).gather(np.arange(203))
+    pixels, labels, _ = ShardSet.open(tmp_path / "pixels").gather(np.arange(203))
+    stored, latent_labels, _ = ShardSet.open(prepared).gather(np.arange(203))
     assert stored.shape == (203, 2, 2, 4, 8, 8) and stored.dtype == np.float16
     np.testing.assert_array_equal(labels, latent_labels)
     vae, images = Vae.load(str(vae_folder)), torch.from_numpy(pixels).float() / 127.5 - 1
@@ -65,7 +65,7 @@ def test_the_index_names_the_autoencoder(vae_folder: Path, prepared: Path):
 def test_stock_webdataset_reads_the_same(prepared: Path):
     shards = ShardSet.open(prepared)
     urls = [str(prepared / shard.file) for shard in shards.index.shards]
-    arrays, labels = shards.gather(np.arange(203))
+    arrays, labels, _ = shards.gather(np.arange(203))
     for sample, array, label in zip(webdataset.WebDataset(urls, shardshuffle=False).decode(), arrays, labels, strict=True):
         np.testing.assert_array_equal(sample["npy"], array)
         assert sample["cls"] == label
