@@ -8,7 +8,7 @@ class Doing(NamedTuple):
     """One thing that the training thread does.
 
     Attributes:
-        what: "starting", "data", "forward", "backward", "update", "saving", "reporting", "looking", "resuming" or
+        what: "starting", "data", "forward", "backward", "comparing", "update", "saving", "reporting", "looking", "resuming" or
             "finishing" (waiting for the last save).
         step: the step under way, 1 for the first.
         number: how many things came before it: the ranks of a run all do the same things in the same order, so the one behind is late.

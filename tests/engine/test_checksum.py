@@ -1,6 +1,10 @@
 """Any single bit of one rank's copy that is not the others' is noticed and the rank named; equal copies never are."""
 
+import json
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ from fasttrain.config import parse_config
 from fasttrain.engine.checksum import checksums, differing, total
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import CorruptedError, Status, UserError
-from tests.ranks import run_ranks
+from tests.commands import Done, fasttrain
+from tests.ranks import free_port, run_ranks
 from tests.runs import plain_config, start, zero
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -143,3 +148,44 @@ def test_it_ends_with_the_status_to_start_again():
 def test_zero_3_has_nothing_to_compare(tmp_path: Path):
     with pytest.raises(UserError, match=r"training\.checksum_every"):
         parse_config(plain_config(tmp_path, tmp_path, deepspeed=zero(3), training={"checksum_every": 5}), "test")
+
+
+def _flip_after(step: int) -> None:
+    """In this process, a bit of a weight changes when this step is over."""
+    from fasttrain.trainer import Trainer
+
+    train = Trainer.train_step
+
+    def flipping(trainer: Trainer) -> bool:
+        taken = train(trainer)
+        if trainer.progress.step == step:
+            _flip(next(trainer.engine.module.parameters()), random.Random(step))
+        return taken
+
+    Trainer.train_step = flipping  # type: ignore[method-assign]
+
+
+def _as_rank(rank: int, port: int, flips_after: int | None) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if rank == 1 and flips_after:
+        _flip_after(flips_after)
+
+
+def _on_two_ranks(config: Path, flips_after: int | None = None) -> list[Done]:
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(fasttrain, "train", config, before=partial(_as_rank, rank, port, flips_after)) for rank in (0, 1)]
+        return [rank.result() for rank in ranks]
+
+
+def test_a_run_saves_nothing_of_a_flip_and_goes_on_from_the_checkpoint_before(tmp_path: Path, digits: Path):
+    """Under ZeRO 0, where a rank that survives another saves alone what it holds, and no check is due but before a save."""
+    training = {"steps": 8, "checksum_every": 1000}
+    raw = plain_config(tmp_path / "run", digits, deepspeed=zero(0), training=training, checkpoint={"every": 2})
+    (tmp_path / "run.yaml").write_text(json.dumps(raw))
+    ended = _on_two_ranks(tmp_path / "run.yaml", flips_after=5)
+    assert [done.status for done in ended] == [Status.RESTART] * 2, ended
+    assert any("at step 6 rank 0 and rank 1 hold different weights" in done.err for done in ended), ended
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000002", "step-00000004"]
+    assert [done.status for done in _on_two_ranks(tmp_path / "run.yaml")] == [0, 0]
