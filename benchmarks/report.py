@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import plots, proof_tables, tables, targets
+from benchmarks import plots, proof_tables, tables, targets, two_host_table
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "noise": proof_tables.noise,
     "parity": tables.parity,
     "loader": tables.loader,
+    "two_hosts": two_host_table.two_hosts,
 }
 PICTURES: dict[str, Callable[[plots.Result], str]] = {
     "kernels": plots.kernel_bars,
