@@ -129,7 +129,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.guard = False
         self.grad_norm: torch.Tensor | None = None
         self._found_inf: torch.Tensor | None = None
-        self.clock = Clock(update=1, position=1, images=1)
+        self.clock: Clock | None = None
 
     def begin(self, clock: Clock, learning_rate: float) -> None:
         """Sets what the next update needs to know."""
@@ -154,7 +154,13 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient, as `clock` says."""
+        """One update of every parameter that has a gradient, as `clock` says; before the first `begin`, nothing.
+
+        Without ZeRO and in bf16, DeepSpeed takes a step with gradients of zero while it is built: weights would decay, and averages
+        would start beside them.
+        """
+        if self.clock is None:
+            return
         clip = self._look_at_gradients() if self.guard else None
         decays = [ema.decay(self.clock.position, self.clock.images) for ema in self.ema]
         for group in self.param_groups:
