@@ -47,7 +47,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
         shards = ShardSet.open(config.data.train, config.data)
-        self.index, self.damage = shards.index, shards.damage
+        self.shards, self.index, self.damage = shards, shards.index, shards.damage
         self.config = config = resolve(config, shards.index)
         self.processes = processes
         self.activity = activity or Activity()
@@ -97,6 +97,7 @@ class Trainer:
         config, stop = self.config, stop or Stop()
         with ExitStack() as stack:
             stack.callback(self.loader.close)
+            stack.callback(self.shards.close)  # first, so that no thread waits on for a store
             stack.callback(self.saver.close)
             if watchdog is not None:
                 watchdog.on_fault(self.rescue)

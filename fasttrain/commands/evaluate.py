@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ REFERENCE_BATCH = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(parser, count=10_000)
-    parser.add_argument("--reference", type=Path, required=True, help="folder of image shards to compare with")
+    parser.add_argument("--reference", required=True, help="folder or URL of image shards to compare with")
     parser.add_argument("--features", default="pixels", choices=FEATURES.names(), help="what is compared (default pixels)")
     parser.add_argument("--out", type=Path, help="JSON file for the score and its protocol (default: RUN/scores/WEIGHTS-FEATURES.json)")
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8], reference: ShardSet) -> None:
     protocol = Protocol(
-        reference=args.reference.name,
+        reference=PurePosixPath(reference.files.place).name,
         reference_digest=reference.index.xxh3,
         checkpoint_step=trained.step,
         weights=trained.weights,
