@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from fasttrain.engine import distributed
-from tests.ranks import TIMEOUT, _server, free_port
+from tests.ranks import _server, free_port
 
 
 class Living:
-    """The ranks of one group: `function(processes, *arguments)` runs on each, its output goes to a file of its own."""
+    """Processes numbered as one group: `function(*arguments)` runs in each, its output goes to a file of its own."""
 
     def __init__(self, world_size: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]):
         port = free_port()
@@ -66,5 +65,4 @@ def _rank(rank: int, world_size: int, port: int, output: str, function: Callable
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    function(distributed.start(TIMEOUT), *arguments)
-    distributed.finish()
+    function(*arguments)

@@ -54,7 +54,7 @@ def train(config: RunConfig, stop: Stop, profile_steps: int = 0) -> int:
     with (
         distributed.joined(config.collective_seconds) as processes,
         locked(config.run_dir, processes, min(WAIT_SECONDS, limit)),
-        Watchdog(processes, activity, config.run_dir, limit, config.patience, each_beat=Orphanhood()) as watchdog,
+        Watchdog(processes, activity, config.run_dir, limit, config.patience, Orphanhood(processes.local_rank == 0)) as watchdog,
     ):
         trainer = Trainer(config, processes, activity)
         done = trainer.fit(stop, watchdog, profile_steps)

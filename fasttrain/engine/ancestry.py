@@ -85,16 +85,22 @@ def end_with_parent() -> None:
 
 
 class Orphanhood:
-    """Asks this process to stop, as SIGTERM does, when one of the launchers above it has died. Call it every now and then."""
+    """Asks this process to stop, as SIGTERM does, when one of the launchers above it has died. Call it every now and then.
 
-    def __init__(self) -> None:
+    Args:
+        tells: whether this process tells it, for those of its host.
+    """
+
+    def __init__(self, tells: bool) -> None:
         self._launchers = launchers()
+        self._tells = tells
 
     def __call__(self) -> None:
         dead = [launcher for launcher in self._launchers if not launcher.lives()]
         if dead:
             self._launchers = []
-            print(f"fasttrain: {dead[0].name} (pid {dead[0].pid}), which started this run, has died: stopping it", flush=True)
+            if self._tells:
+                print(f"fasttrain: {dead[0].name} (pid {dead[0].pid}), which started this run, has died: stopping it", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from fasttrain.engine import distributed
 from fasttrain.engine.activity import Activity
-from fasttrain.engine.distributed import Processes
 from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import Status, UserError
 from tests.living import Living, living
 
 LIMIT = 2.0
+TIMEOUT = 60.0
 SLACK = 5.0  # RELIABILITY: within the limit and five seconds
 
 
-def _train(processes: Processes, folder: Path, odd: int = -1, oddity: Callable[[], None] | None = None) -> None:
+def _train(folder: Path, odd: int = -1, oddity: Callable[[], None] | None = None) -> None:
     """Steps of a collective each, under a watchdog; rank `odd` does something else in the middle of one."""
-    activity = Activity()
+    processes, activity = distributed.start(TIMEOUT), Activity()
     with Watchdog(processes, activity, folder, LIMIT) as watchdog:
         watchdog.on_fault(_Rescue(processes.rank, folder))
         for step in range(1, 10_000):
@@ -133,13 +134,14 @@ def test_an_error_in_one_rank_ends_the_others_without_an_echo(
     assert list(tmp_path.glob("faults/*/verdict.json")) == [] if told is None else told in _verdict(tmp_path)["told"]
 
 
-def _leave(processes: Processes, folder: Path) -> None:
+def _leave(folder: Path) -> None:
     """Ends well, ranks one after another with more than the limit between them: a goodbye is no death, and no hang."""
-    activity = Activity()
+    processes, activity = distributed.start(TIMEOUT), Activity()
     with Watchdog(processes, activity, folder, 1.0):
         for step in range(processes.rank * 8):
             activity.begin("reporting", step)
             time.sleep(0.2)
+    distributed.finish()
     print("left", flush=True)
 
 
@@ -157,8 +159,8 @@ def test_one_process_alone_is_watched_too(tmp_path: Path):
     assert _verdict(tmp_path)["ranks"] == [0]
 
 
-def _patient(processes: Processes, folder: Path) -> None:
-    activity = Activity()
+def _patient(folder: Path) -> None:
+    processes, activity = distributed.start(TIMEOUT), Activity()
     with Watchdog(processes, activity, folder, 1.0, patience={"data": 30.0}):
         if processes.rank == 1:
             activity.begin("data", 1)
