@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -138,8 +138,9 @@ class Reporter:
             self._board.close()
 
     def say(self, text: str) -> None:
-        """A line for people, on rank 0."""
-        self._console.print(text, markup=False)
+        """A line for people, on rank 0. What a full disk does not take of a log waits in memory for the next line."""
+        with suppress(OSError):
+            self._console.print(text, markup=False)
 
     def advance(self, step: int) -> None:
         """Moves the bar, where there is one."""
