@@ -13,6 +13,7 @@ from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import Status
 from fasttrain.lock import WAIT_SECONDS, locked
 from fasttrain.stopping import Stop, Stopped
+from fasttrain.streams import outlive_reader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
         dry_run(load_config(args.config, args.overrides))
         return Status.DONE
+    outlive_reader()
     stop = Stop()
     stop.listen()
     try:
