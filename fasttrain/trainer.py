@@ -46,7 +46,7 @@ class Trainer:
     """A run in progress. `config` is the run's, `processes` this process among its ranks; `fit` does everything."""
 
     def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
-        shards = ShardSet.open(config.data.train, config.data)
+        shards = ShardSet.open(config.data.train, config.data, activity.renew if activity else lambda: None)
         self.shards, self.index, self.damage = shards, shards.index, shards.damage
         self.config = config = resolve(config, shards.index)
         self.processes = processes

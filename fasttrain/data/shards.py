@@ -1,6 +1,6 @@
 """A set of shards, prepared or made elsewhere: samples by their ids, whole batches at a time, with what of them could not be read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,8 @@ from fasttrain.data.arrays import REMEDY, ArrayReader
 from fasttrain.data.config import DataConfig
 from fasttrain.data.damage import Damage
 from fasttrain.data.files import LocalFiles, ShardFiles
+from fasttrain.data.foreign.opening import open_foreign
+from fasttrain.data.foreign.pattern import pattern_of
 from fasttrain.data.index import DIGESTS_FILE, INDEX_FILE, LABELS_FILE, Index, index_of, read_index
 from fasttrain.data.remote.store import open_files
 from fasttrain.data.substitutes import Gathered
@@ -43,17 +45,23 @@ class ShardSet:
         self._first = np.concatenate([[0], np.cumsum(index.shard_samples)])
 
     @classmethod
-    def open(cls, place: str | Path, config: DataConfig | None = None) -> "ShardSet":
+    def open(cls, place: str | Path, config: DataConfig | None = None, alive: Callable[[], None] = lambda: None) -> "ShardSet":
         """The set of shards at a place.
 
         Args:
-            place: a folder that `fasttrain prepare` wrote, or its URL.
+            place: a folder that `fasttrain prepare` wrote, or its URL, or a pattern or folder of WebDataset shards made elsewhere.
             config: how to read it; its `train` is not looked at.
+            alive: called now and then while shards are indexed, which may take long the first time.
 
         Raises:
             UserError: no such place, index, labels or digests there; another format; more damage than may be.
         """
         config = config or DataConfig(train=str(place))
+        pattern = pattern_of(str(place))
+        return cls(*open_foreign(pattern, config, alive)) if pattern else cls._prepared(place, config)
+
+    @classmethod
+    def _prepared(cls, place: str | Path, config: DataConfig) -> "ShardSet":
         files = open_files(str(place), config, (INDEX_FILE, LABELS_FILE, DIGESTS_FILE))
         index = read_index(files.folder) if isinstance(files, LocalFiles) else index_of(files)
         labels = _read_column(files, LABELS_FILE, index.labels_xxh3, np.int64, index.samples)
@@ -113,7 +121,10 @@ def _read_column(files: ShardFiles, name: str, wanted: str, dtype: type, samples
             break
         if not files.renew(name):
             raise UserError(f"{told}: its content is not what was prepared (xxh3 differs); {REMEDY}")
-    column = np.load(path, allow_pickle=False)
+    try:
+        column = np.load(path, allow_pickle=False)
+    except ValueError as error:  # no array, or a pickle that calls itself one
+        raise UserError(f"{told}: cannot be read: {error}; {REMEDY}") from None
     if column.dtype != dtype or column.shape != (samples,):
         raise UserError(f"{told}: holds {column.dtype} {column.shape} where the index says {samples} values; {REMEDY}")
     return column

@@ -5,6 +5,9 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# A closed list: Pillow knows kinds that start other programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+
 
 class Unreadable(Exception):
     """Why a file gives no image; the reason is the same on every machine and run."""
@@ -17,15 +20,19 @@ def read_square(content: bytes, size: int) -> np.ndarray:
         Unreadable: not an image, cut short, damaged, or of a kind without a defined range.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
-            square = centre_crop(to_rgb(ImageOps.exif_transpose(image)), size)
+            return square_of(ImageOps.exif_transpose(image), size)
     except UnidentifiedImageError:
         # Pillow's own text holds a memory address.
         raise Unreadable("not an image in a known format" if content else "an empty file") from None
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from None
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def square_of(image: Image.Image, size: int) -> np.ndarray:
+    """An image as uint8 [3, size, size]: RGB, centre-cropped. Raises Unreadable."""
+    return np.ascontiguousarray(np.asarray(centre_crop(to_rgb(image), size)).transpose(2, 0, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,148 @@
+"""Members to samples by webdataset's rule: adjacent members of one key, which is the path up to the first dot behind the last slash.
+
+A sample needs one image (jpg, jpeg, png, webp, or npy) and, in a set with classes, one label (cls, or an integer `label`, `class` or `cls`
+in json). Nothing else is opened, pickles least of all. A key that comes twice, or a part lost in damage, costs that sample and no other:
+halves never meet across shards, damage or other keys.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import xxhash
+
+from fasttrain.data.foreign.tar import Member, Members, read_at
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+ARRAY, LABEL, JSON, TEXT = "npy", "cls", "json", "txt"
+NO_LABEL = -1
+MOST_CLASSES = 1_000_000
+_LABEL_KEYS = ("label", "class", "cls")
+_MOST_LABEL_BYTES = 1 << 20
+_USED = {*IMAGES, ARRAY, LABEL, JSON, TEXT}
+
+
+class Sample(NamedTuple):
+    """Where a sample's image and text lie (bytes; size 0: no text), whether it is an array, its label, and the digest of its image."""
+
+    offset: int
+    size: int
+    is_array: bool
+    label: int
+    text_offset: int
+    text_size: int
+    digest: int
+
+
+class Found(NamedTuple):
+    """What a shard holds.
+
+    samples: the good ones. lost: how many were left out, by reason. faults: of the tar. refused, unused: members left out, by kind.
+    labelled: whether any label was seen.
+    """
+
+    samples: list[Sample]
+    lost: Counter[str]
+    faults: list[str]
+    refused: Counter[str]
+    unused: Counter[str]
+    labelled: bool
+
+
+class _Faulty(Exception):
+    """Why a group of members is no sample."""
+
+
+def find_samples(descriptor: int) -> Found:
+    """The samples of an open tar, in its order."""
+    members = Members(descriptor)
+    kept: dict[str, Sample] = {}
+    lost: dict[str, str] = {}
+    unused: Counter[str] = Counter()
+    labelled = False
+    for key, fields, doubled in _groups(members, unused):
+        labelled |= LABEL in fields
+        try:
+            sample = _sample(descriptor, fields, doubled)
+            if key in kept or key in lost:
+                raise _Faulty("keys that come twice")
+        except _Faulty as fault:
+            kept.pop(key, None)
+            lost[key] = str(fault)
+            continue
+        kept[key] = sample
+        labelled |= sample.label != NO_LABEL
+    return Found(list(kept.values()), Counter(lost.values()), members.faults, members.refused, unused, labelled)
+
+
+def _groups(members: Members, unused: Counter[str]) -> Iterator[tuple[str, dict[str, Member], bool]]:
+    """Key, members by ending, and whether an ending came twice, of each run of adjacent members with one key."""
+    key: str | None = None
+    fields: dict[str, Member] = {}
+    doubled = False
+    for member in members:
+        own, ending = split_key(member.name)
+        if own != key or member.gap:
+            if fields:
+                yield key or "", fields, doubled
+            key, fields, doubled = own, {}, False
+        if own is None or ending not in _USED:
+            unused[ending or "no ending"] += 1
+            continue
+        doubled |= ending in fields
+        fields[ending] = member
+    if fields:
+        yield key or "", fields, doubled
+
+
+def split_key(name: str) -> tuple[str | None, str]:
+    """webdataset's `base_plus_ext`: the path up to the first dot behind the last slash, and what is behind it in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    return (f"{folder}{slash}{stem}", ending.lower()) if stem and dot else (None, "")
+
+
+def _sample(descriptor: int, fields: dict[str, Member], doubled: bool) -> Sample:
+    """The sample of a group. Raises _Faulty."""
+    if doubled:
+        raise _Faulty("samples with two members of one ending")
+    image = next((fields[ending] for ending in (*IMAGES, ARRAY) if ending in fields), None)
+    if image is None:
+        raise _Faulty("samples without an image")
+    label = _label(descriptor, fields)
+    content = read_at(descriptor, image.offset, image.size)
+    text = fields.get(TEXT)
+    place = (text.offset, text.size) if text else (0, 0)
+    is_array = split_key(image.name)[1] == ARRAY
+    return Sample(image.offset, image.size, is_array, label, *place, xxhash.xxh3_64_intdigest(content))
+
+
+def _label(descriptor: int, fields: dict[str, Member]) -> int:
+    member = fields.get(LABEL) or fields.get(JSON)
+    if member is None:
+        return NO_LABEL
+    if member.size > _MOST_LABEL_BYTES:
+        raise _Faulty("labels of more than 1 MiB")
+    content = read_at(descriptor, member.offset, member.size)
+    if LABEL not in fields:
+        return _json_label(content)
+    if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", content):
+        raise _Faulty("labels that are no whole number")
+    return _in_range(int(content))
+
+
+def _json_label(content: bytes) -> int:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        raise _Faulty("json that cannot be read") from None
+    found = [values[key] for key in _LABEL_KEYS if type(values.get(key)) is int] if isinstance(values, dict) else []
+    return _in_range(found[0]) if found else NO_LABEL
+
+
+def _in_range(label: int) -> int:
+    if not 0 <= label < MOST_CLASSES:
+        raise _Faulty(f"labels outside 0 .. {MOST_CLASSES - 1}")
+    return label
