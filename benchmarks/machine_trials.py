@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from benchmarks.fault_runs import LIMIT, RANKS, Outcome, Setting, Whole, newest_step, outputs, uninterrupted, write_config
+from benchmarks.fault_runs import LIMIT, RANKS, Outcome, Setting, Whole, newest_step, uninterrupted, write_config
 from benchmarks.forked_ranks import Start, free_port
 from benchmarks.stop_trials import environment, last_step
 from fasttrain.files import sync
@@ -105,7 +105,7 @@ def disk(setting: Setting) -> list[Outcome]:
 def _troubled(folder: Path, setting: Setting, trouble: Trouble, whole: Whole) -> list[str]:
     config = write_config(folder, setting.shards, 2, STEPS)
     with mounted(folder, "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
-        start = Start(config, RANKS, outputs(folder))
+        start = Start(config, RANKS, folder / "printed")
         try:
             _reach(start, FROM)
             with trouble(start, folder):
