@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
+from fasttrain.data.remote.addresses import scheme_of
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Cosine, Schedule
 from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
@@ -50,7 +51,9 @@ class TrainingConfig(Section):
     (default: its whole share), and accumulates over as many as that needs. `compile` compiles each of the model's blocks; `deterministic`
     gives the same bits each time on the same GPU, and chooses nothing by time.
 
-    A rank silent or stuck for `timeout_seconds` ends the run on all ranks, with a status on which it is started again. `max_skipped`
+    A rank that is silent, or in one thing (a batch's data, forward, backward, update, a save, a batch of a look at samples), for longer
+    than `timeout_seconds` ends the run on all ranks, with a status on which it is started again; the first step compiles within it, and
+    `data.retry_seconds` of remote shards and `checkpoint.retry_seconds` at the end come on top. `max_skipped`
     non-finite steps in a row end it with a report; `checksum_every` steps the replicated weights are compared across ranks (null: never).
     """
 
@@ -169,7 +172,7 @@ class RunConfig(Section):
     @property
     def patience(self) -> dict[str, float]:
         """How many seconds longer than `training.timeout_seconds` a thing may last that is tried again meanwhile."""
-        remote = "://" in self.data.train or self.data.train.startswith("pipe:")
+        remote = scheme_of(self.data.train) is not None
         return {"data": self.data.retry_seconds if remote else 0.0, "finishing": self.checkpoint.retry_seconds}
 
     @property

@@ -5,6 +5,7 @@ RUN/environment.json   versions, devices, processes               RUN/samples/  
 RUN/data.json          the index of the training shards           RUN/tensorboard/   the reports for TensorBoard
 RUN/metrics.jsonl      one record a report                        RUN/skipped.jsonl  steps that were not finite; see skipping.py
 RUN/diverged.json      why a run ended, of too many of these      RUN/replays/       steps taken again; see replay.py
+RUN/lock               held by the training in it                 RUN/faults/N/      a lost rank, and every living one's stacks
 """
 
 import dataclasses

@@ -218,3 +218,12 @@ def test_unknown_kernels_name_the_nearest(given, message):
 def test_attention_is_one_of_those_there_are():
     assert set(get_args(RunConfig.model_fields["attention"].annotation)) == set(ATTENTION)
     assert "attention: Input should be 'auto', 'flash', 'cudnn'" in told(attention="flash_attention")
+
+
+def test_collectives_outlast_what_the_watchdog_allows():
+    def seconds(**data: object) -> tuple[float, float]:
+        made = parse(training={"timeout_seconds": 40}, data={"retry_seconds": 100, **data})
+        return made.patience["data"], made.collective_seconds
+
+    assert seconds() == (0.0, 70.0)
+    assert seconds(train="https://host/set") == (100.0, 170.0)

@@ -39,6 +39,7 @@ CONNECT_SECONDS = 30.0
 REPORT_SECONDS = 5.0  # a run folder that hangs must not keep a rank from ending
 RESCUE_SECONDS = 5.0
 EXPLAIN_SECONDS = 3.0  # how long an error waits to hear whether another rank is at fault
+MISTAKE_SECONDS = 3.0
 LEAVE_SECONDS = 30.0  # how long a rank that failed may take to leave
 LOCKED_SECONDS = 3.0  # beyond the limit: then a rank whose interpreter is locked up writes its stacks and ends
 GUARD_SECONDS = 4.0  # beyond the limit: then one that does not even do that is woken, and soon killed
@@ -75,7 +76,7 @@ class Watchdog:
         self._main = Member(0, heard=0.0)
         self._failing: BaseException | None = None
         self._verdict: Verdict | None = None
-        self._decided, self._left = threading.Event(), threading.Event()
+        self._decided, self._left, self._concluding = threading.Event(), threading.Event(), threading.Event()
         self._ending = threading.Lock()
         self._woken, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="fasttrain-watchdog", daemon=True)
@@ -158,6 +159,7 @@ class Watchdog:
         if self._failing is not None:
             return
         self._failing = error
+        self._concluding.set()
         if (verdict := self.explain(error)) is not None:
             self._end(verdict)
         if self._verdict is not None and self._verdict.status == Status.RESTART:
@@ -249,8 +251,12 @@ class Watchdog:
             return
         self._verdict = verdict
         self._decided.set()
-        if not self._is_mine(verdict):
-            self._end(verdict)
+        if self._is_mine(verdict):
+            return
+        if verdict.status != Status.RESTART:
+            # The training thread may be about to end by the same mistake, and have something to write first.
+            self._concluding.wait(MISTAKE_SECONDS)
+        self._end(verdict)
 
     def _is_mine(self, verdict: Verdict) -> bool:
         """Whether it names the error that this rank is ending by: then it ends by that."""

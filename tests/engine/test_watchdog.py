@@ -1,5 +1,6 @@
 """A rank that dies, hangs, fails or is cut off: the others notice in time, name it, write their stacks and end; nobody waits for ever."""
 
+import ctypes
 import json
 import os
 import signal
@@ -157,6 +158,20 @@ def test_one_process_alone_is_watched_too(tmp_path: Path):
         _ends(ranks, 0, LIMIT + SLACK + 30)
         assert "is stuck" in ranks.output(0)
     assert _verdict(tmp_path)["ranks"] == [0]
+
+
+def _hold_the_interpreter() -> None:
+    """A C function that computes, or waits, without letting go of Python's lock: no thread of Python runs beside it."""
+    ctypes.PyDLL(None).sleep(60)
+
+
+def test_a_rank_whose_interpreter_is_locked_up_is_named_and_ends_with_its_stack(tmp_path: Path):
+    with living(2, tmp_path, _train, tmp_path, 1, _hold_the_interpreter) as ranks:
+        ranks.wait_for("training")
+        _ends(ranks, 0, LIMIT + SLACK)
+        assert ranks.status(1, SLACK) is not None, "the locked rank was left behind"
+        assert "_hold_the_interpreter" in ranks.output(1)
+    assert (_verdict(tmp_path)["cause"], _verdict(tmp_path)["ranks"]) == ("silent", [1])
 
 
 def _patient(folder: Path) -> None:
