@@ -102,17 +102,25 @@ def _train(processes: Processes, raw: dict[str, Any], plan: Plan) -> dict[str, A
     return result
 
 
-def _train_all(processes: Processes, raws: list[dict[str, Any]], plans: list[Plan]) -> list[Any]:
+def train_all(processes: Processes, raws: list[dict[str, Any]], plans: list[Plan]) -> list[Any]:
+    """What each of these runs skipped, what its skipped steps changed, and its final state."""
     return [_train(processes, raw, plan) for raw, plan in zip(raws, plans, strict=True)]
 
 
-CASES = [(stage, precision, accumulation) for stage in (0, 1, 2, 3) for precision, accumulation in (("fp32", 2), ("bf16", 1))]
+CASES = [
+    (stage, precision, accumulation)
+    for stage in (0, 1, 2, 3)
+    for precision, accumulation in ((("bf16", "fp32")[stage % 2], 2), (("fp32", "bf16")[stage % 2], 1))
+]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_bad_step_is_skipped_on_all_ranks_and_changes_nothing(world_size: int, tmp_path: Path, digits: Path):
-    """NaN and overflow on one rank at 20 of 40 steps; what happens in a bad micro-batch must not show in later steps."""
-    cases = CASES if world_size == 2 else CASES[1::4]
+    """NaN and overflow on one rank at 20 of 40 steps; what happens in a bad micro-batch must not show in later steps.
+
+    `python -m benchmarks.numerical_faults` tries every case.
+    """
+    cases = CASES[::2] if world_size == 2 else CASES[1::4]
     raws, plans = [], []
     for stage, precision, accumulation in cases:
         training = {"steps": STEPS, "precision": precision, "micro_batch": 16 // world_size // accumulation, "clip": 1.0}
@@ -120,7 +128,7 @@ def test_every_bad_step_is_skipped_on_all_ranks_and_changes_nothing(world_size: 
         for seed in (1, 2):  # the same steps go wrong, in other ways
             raws.append(raw)
             plans.append(Plan.drawn(seed, world_size, accumulation))
-    per_rank = run_ranks(world_size, _train_all, raws, plans)
+    per_rank = run_ranks(world_size, train_all, raws, plans)
     for i, plan in enumerate(plans):
         case, results = cases[i // 2], [rank[i] for rank in per_rank]
         for result in results:

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.runs import plain_config, start, zero
 
 # Every rank's wait for data in a step: long beside the few milliseconds of the network, whose time a busy machine changes.
-WAIT, STEPS, WARM = 0.5, 3, 1
+WAIT, STEPS = 1.0, 2
 
 
 def _slow(trainer: Any, slow: int) -> None:
@@ -37,21 +37,21 @@ def _slow(trainer: Any, slow: int) -> None:
     trainer.objective, trainer.batches = forward, loaded()
 
 
-def _reports(processes: Processes, raws: list[dict[str, Any]], slow: int) -> list[dict[str, Any]]:
-    reports = []
+def reports(processes: Processes, raws: list[dict[str, Any]], slow: int) -> list[dict[str, Any]]:
+    """What each of these runs tells of its slowest rank and of waiting for data, with one rank slowed; call on every rank."""
+    found = []
     for raw in raws:
         trainer = start(processes, raw)
-        _slow(trainer, slow)
-        for _ in range(WARM):
-            trainer.train_step()
+        trainer.train_step()  # the first also makes what the others use
         trainer.pace.report(1.0)
+        _slow(trainer, slow)
         began = time.perf_counter()
         for _ in range(STEPS):
             trainer.train_step()
-        reports.append(trainer.pace.report((time.perf_counter() - began) / STEPS))
+        found.append(trainer.pace.report((time.perf_counter() - began) / STEPS))
         trainer.loader.close()
         trainer.engine.destroy()
-    return reports
+    return found
 
 
 @pytest.mark.parametrize(("world_size", "slow", "stages"), [(2, 1, (0, 3)), (4, 2, (1, 2))])
@@ -59,7 +59,7 @@ def test_a_rank_twice_as_slow_scores_a_half(world_size: int, slow: int, stages: 
     """Under ZeRO 3 the others wait for it within their forward passes, where weights are gathered."""
     training = {"micro_batch": 16 // world_size // 2}
     raws = [plain_config(tmp_path / "run", digits, deepspeed=zero(stage), training=training) for stage in stages]
-    for stage, report in zip(stages, run_ranks(world_size, _reports, raws, slow)[0], strict=True):
+    for stage, report in zip(stages, run_ranks(world_size, reports, raws, slow)[0], strict=True):
         slowest, wait = report["slowest"], report["data_wait"]
         assert slowest["rank"] == slow and slowest["host"], (stage, report)
         assert slowest["score"] == pytest.approx(0.5, abs=0.05), (stage, report)

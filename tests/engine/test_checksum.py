@@ -31,7 +31,8 @@ def _tensors(seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
-def _flip(tensor: torch.Tensor, draw: random.Random) -> None:
+def flip(tensor: torch.Tensor, draw: random.Random) -> None:
+    """Flips one bit of a tensor."""
     words = tensor.detach().view(-1).view(WORDS[tensor.element_size()])
     words[draw.randrange(len(words))] ^= torch.tensor(1).bitwise_left_shift(draw.randrange(8 * tensor.element_size())).to(words.dtype)
 
@@ -57,7 +58,7 @@ def test_one_hundred_random_flips_are_noticed():
     draw, sound = random.Random(1), _sum(_tensors())
     for _ in range(100):
         tensors = _tensors()
-        _flip(draw.choice(tensors), draw)
+        flip(draw.choice(tensors), draw)
         assert _sum(tensors) != sound
 
 
@@ -88,7 +89,7 @@ def _compare(processes: Processes, trials: int, faulty: tuple[int, ...]) -> list
     for trial in range(trials):
         tensors = _tensors(trial)
         if processes.rank in faulty:
-            _flip(tensors[draw.randrange(len(tensors))], draw)
+            flip(tensors[draw.randrange(len(tensors))], draw)
         told.append(differing(processes, ((f"p{i}", tensor) for i, tensor in enumerate(tensors))))
     return told
 
@@ -119,7 +120,7 @@ def _train_with_a_flip(processes: Processes, raws: list[dict[str, Any]]) -> list
         try:
             for step in range(1, 8):
                 if step == 5 and processes.rank == 1:
-                    _flip(draw.choice(list(trainer.engine.module.parameters())), draw)
+                    flip(draw.choice(list(trainer.engine.module.parameters())), draw)
                 trainer.train_step()
             ended.append((0, "never noticed"))
         except CorruptedError as error:
@@ -159,7 +160,7 @@ def _flip_after(step: int) -> None:
     def flipping(trainer: Trainer) -> bool:
         taken = train(trainer)
         if trainer.progress.step == step:
-            _flip(next(trainer.engine.module.parameters()), random.Random(step))
+            flip(next(trainer.engine.module.parameters()), random.Random(step))
         return taken
 
     Trainer.train_step = flipping  # type: ignore[method-assign]
