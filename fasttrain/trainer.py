@@ -281,9 +281,15 @@ class Trainer:
             reporter.say(f"held-out loss {losses['held_out_loss']:.4f}, unweighted {losses['held_out_mse']:.4f}")
             reporter.write({"step": self.progress.step, "position": self.progress.position, **losses})
         if grid:
-            path = self.config.run_dir / "samples" / f"step-{self.progress.step:08d}.png"
+            reporter.say(self._draw(self.config.run_dir / "samples" / f"step-{self.progress.step:08d}.png"))
+
+    def _draw(self, path: Path) -> str:
+        """Draws samples, and says what became of them: a picture that finds no room must not end the run."""
+        try:
             drawn = self.preview.draw(path)
-            reporter.say(f"samples drawn to {path}" if drawn else "no samples drawn: they are latents; data.vae must say what decodes them")
+        except OSError as error:
+            return f"no samples drawn: {path} cannot be written: {error.strerror or error}; training goes on"
+        return f"samples drawn to {path}" if drawn else "no samples drawn: they are latents; data.vae must say what decodes them"
 
     def _record(self, watch: Stopwatch) -> dict[str, Any]:
         """What the run tells at a log interval: where our code waits for the device (so does the guard of fp32 without ZeRO)."""
