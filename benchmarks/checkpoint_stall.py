@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment, results_folder
 from benchmarks.loader import spread
+from benchmarks.tables import checkpoint_rows
 from benchmarks.whole_file import write_json
 from fasttrain.checkpoint import Manifest
 from fasttrain.data.prepare.digits import prepare_digits
@@ -118,25 +119,17 @@ def summary(measured: dict[str, Any]) -> dict[str, Any]:
 
 def report(results: list[dict[str, Any]], rounds: int) -> None:
     """The table on the screen, and the same figures as JSON."""
-    table = Table(title=f"a checkpoint of ViT-B, {results[0]['bytes'] / 1e9:.2f} GB, ZeRO 1: median (min to max) of {rounds} rounds")
-    table.add_column("")
-    for result in results:
-        table.add_column(f"{result['ranks']} rank{'s' if result['ranks'] > 1 else ''}", justify="right")
-    rows = {
-        "waited for until durable, s": "waited_for_seconds",
-        "stall of a save beside training, s": "stall_seconds",
-        "times less": "ratio",
-        "step without a save, s": "quiet_step_seconds",
-        "step beside a save, s": "beside_step_seconds",
-        "save beside training until durable, s": "beside_until_durable_seconds",
-    }
-    for words, name in rows.items():
-        cells = [f"{result[name]['median']:.3g} ({result[name]['min']:.3g} to {result[name]['max']:.3g})" for result in results]
-        table.add_row(words, *cells)
-    Console().print(table)
     settings = {"model": "vit-b/2 on digits", "precision": "fp32", "zero_stage": 1, "global_batch": 8, "threads_per_rank": 1}
     settings["rounds"] = rounds
-    write_json(RESULT, {"benchmark": "checkpoint", "environment": environment(CPU), "settings": settings, "results": results})
+    result = {"benchmark": "checkpoint", "environment": environment(CPU), "settings": settings, "results": results}
+    head, rows = checkpoint_rows(result)
+    table = Table(title=f"what a checkpoint of ViT-B costs training, ZeRO 1: median (min to max) of {rounds} rounds")
+    for column in head:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    write_json(RESULT, result)
 
 
 def main() -> None:

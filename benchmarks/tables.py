@@ -88,6 +88,31 @@ def loader(results: Path) -> str:
     return "\n".join(table(["samples a second on one core", "median", "least", "most"], rows))
 
 
+CHECKPOINT_ROWS = {
+    "save that is waited for, until durable, s": "waited_for_seconds",
+    "stall of a save beside training, s": "stall_seconds",
+    "times less": "ratio",
+    "step without a save, s": "quiet_step_seconds",
+    "step beside a save, s": "beside_step_seconds",
+    "save beside training, until durable, s": "beside_until_durable_seconds",
+}
+
+
+def checkpoint(results: Path) -> str:
+    """What a checkpoint costs training."""
+    result = read(results / "cpu" / "checkpoint.json")
+    return "\n".join(table(*checkpoint_rows(result))) if result else "*Not run.*"
+
+
+def checkpoint_rows(result: Result) -> tuple[list[str], list[list[str]]]:
+    """A row a figure, a column a world size: median, and range over the rounds."""
+    measured = result["results"]
+    size = measured[0]["bytes"] / 1e9
+    head = [f"{size:.2f} GB", *(f"{m['ranks']} rank{'s' if m['ranks'] > 1 else ''}" for m in measured)]
+    cells = {words: [m[name] for m in measured] for words, name in CHECKPOINT_ROWS.items()}
+    return head, [[words, *(f"{c['median']:.3g} ({c['min']:.3g} to {c['max']:.3g})" for c in row)] for words, row in cells.items()]
+
+
 def tests(results: Path) -> str:
     """What became of the kernels' tests on every GPU."""
     return _by_gpu(results, "tests.json", _tests)
