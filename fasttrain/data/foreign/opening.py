@@ -1,5 +1,6 @@
 """Shards made elsewhere as a set like any other: indexed at first use, with the same index as a prepared one."""
 
+import fnmatch
 import json
 import logging
 import os
@@ -49,7 +50,7 @@ def open_foreign(
     present = {name: part for name, part in zip(pattern.names, found, strict=True) if part is not None}
     labelled = any(part.labelled for part in present.values())
     parts = {name: part.without_unlabelled(_UNLABELLED) if labelled else part for name, part in present.items()}
-    missing = [name for name in pattern.names if name not in parts]
+    missing = [name for name in dict.fromkeys([*pattern.names, *_named_beside(files, pattern)]) if name not in parts]
     _tell(files, parts, missing)
     _check(files, parts, missing, config.max_damaged, folder)
     index, labels = _index(files, parts, config.size, labelled)
@@ -140,6 +141,17 @@ def _expected(files: ShardFiles, name: str) -> int | None:
         if type(count) is int:
             return count
     return None
+
+
+def _named_beside(files: ShardFiles, pattern: Pattern) -> list[str]:
+    """The shards that a sizes.json in a listed folder names: without it nobody knows of one that is gone."""
+    if pattern.listed is None or not isinstance(files, LocalFiles):
+        return []
+    try:
+        sizes = json.loads((files.folder / "sizes.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    return [name for name in sizes if fnmatch.fnmatchcase(name, pattern.listed)] if isinstance(sizes, dict) else []
 
 
 def _named(names: list[str]) -> str:

@@ -207,8 +207,8 @@ def test_what_changes_after_the_index_was_made_is_damage(tmp_path: Path, place: 
     folder = write_set(tmp_path / "set", [10, 10, 10])
     open_set(f"{folder}{place}")
     content = bytearray((folder / "train-00000.tar").read_bytes())
-    place = bytes(content).index(encoded(4, "png"))
-    content[place + 20] ^= 1
+    at = bytes(content).index(encoded(4, "png"))
+    content[at + 20] ^= 1
     (folder / "train-00000.tar").write_bytes(content)
     (folder / "train-00001.tar").rename(folder / "train-00009.tar")
     shards = open_set(f"{folder}{place}")
