@@ -106,7 +106,7 @@ def judge(members: Collection[Member], now: float, limit: float, patience: Mappi
         limit: seconds of silence, or of one activity, that are too long.
         patience: seconds more for an activity of this name.
     """
-    return _dead(members, now) or _failed(members, now) or _silent(members, now, limit) or _stuck(members, now, limit, patience)
+    return _dead(members, now) or _failed(members, now) or _silent(members, now, limit) or _stuck(members, limit, patience)
 
 
 def _dead(members: Collection[Member], now: float) -> Verdict | None:
@@ -136,14 +136,15 @@ def _silent(members: Collection[Member], now: float, limit: float) -> Verdict | 
     return _verdict("silent", silent, members, seconds, f"{_named(silent)}: {why}; when last heard of, {_doing(silent[0])}")
 
 
-def _stuck(members: Collection[Member], now: float, limit: float, patience: Mapping[str, float]) -> Verdict | None:
+def _stuck(members: Collection[Member], limit: float, patience: Mapping[str, float]) -> Verdict | None:
     alive = [member for member in members if member.state == "alive" and member.failure is None]
     last = min((member.number for member in alive), default=0)
     behind = [member for member in alive if member.number == last]
-    late = [member for member in behind if now - member.began > limit + patience.get(member.what, 0.0)]
+    # By their own last words: who is silent as well may have gone on since.
+    late = [member for member in behind if member.heard - member.began > limit + patience.get(member.what, 0.0)]
     if not late:
         return None
-    seconds = now - min(member.began for member in late)
+    seconds = max(member.heard - member.began for member in late)
     if len(behind) == len(alive) > 1:
         told = f"all ranks have been doing the same for {seconds:.0f} s, so none can be named; {_doing(late[0])}"
         return _verdict("stuck", [], members, seconds, told)

@@ -40,6 +40,7 @@ REPORT_SECONDS = 5.0  # a run folder that hangs must not keep a rank from ending
 RESCUE_SECONDS = 5.0
 EXPLAIN_SECONDS = 3.0  # how long an error waits to hear whether another rank is at fault
 MISTAKE_SECONDS = 3.0
+ENDING_SECONDS = 60.0  # then a thread of C ends what could not end itself
 LEAVE_SECONDS = 30.0  # how long a rank that failed may take to leave
 LOCKED_SECONDS = 3.0  # beyond the limit: then a rank whose interpreter is locked up writes its stacks and ends
 GUARD_SECONDS = 4.0  # beyond the limit: then one that does not even do that is woken, and soon killed
@@ -265,6 +266,7 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> NoReturn:
         """Ends this process by a verdict. Whoever else calls it waits for that."""
         with self._ending:
+            faulthandler.dump_traceback_later(ENDING_SECONDS, exit=True, file=2)
             if verdict.status == Status.RESTART:
                 self._report(verdict)
                 for rescue in self._rescues:

@@ -52,6 +52,13 @@ def test_of_stuck_ranks_the_one_behind_is_at_fault():
     assert _judge(_member(0, **heard), _member(1, number=6, what="data", **heard), now=120.0) == ("stuck", (1,), 138)
 
 
+def test_who_was_heard_of_lately_but_is_silent_now_is_not_called_stuck():
+    """Its last words are old: it had just begun a thing, 1 s before a limit of silence."""
+    others = _member(0, heard=111.0, began=111.0, number=9)
+    assert _judge(others, _member(1, heard=102.0, began=100.0), now=111.0) is None
+    assert _judge(_member(0, heard=113.0, number=9), _member(1, heard=102.0, began=100.0), now=113.0) == ("silent", (1,), 138)
+
+
 def test_where_none_is_behind_none_is_named():
     assert _judge(_member(0, heard=120.0), _member(1, heard=120.0), now=120.0) == ("stuck", (), 138)
 
