@@ -135,7 +135,8 @@ class Reporter:
         if self._jsonl is not None:
             self._jsonl.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # a disk that is full at the end takes no more of it
+                self._board.close()
 
     def say(self, text: str) -> None:
         """A line for people, on rank 0. What a full disk does not take of a log waits in memory for the next line."""
