@@ -54,7 +54,7 @@ def _save_until_killed(processes: Processes, run_dir: Path, after: int) -> None:
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path):
     chance = random.Random(0)
-    [events] = run_ranks(1, _events_of_four_saves, tmp_path / "whole")
+    events = run_ranks(1, _events_of_four_saves, tmp_path / "whole")[0] * 3 // 4  # they differ by a few from run to run
     run_ranks(1, _save_on, tmp_path, 1, 1)
     reached, killed = 1, 0
     for _ in range(KILLS):
