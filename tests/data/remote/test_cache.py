@@ -38,7 +38,7 @@ def _ask(url: str, cache: str, name: str, results) -> None:
 def started(server: FaultyServer, folder: Path, name: str = "a.tar"):
     """A process that fetches a file, and what it will have read."""
     results = _fork.SimpleQueue()
-    process = _fork.Process(target=_ask, args=(server.url, str(folder / "cache"), name, results))
+    process = _fork.Process(target=_ask, args=(server.url, str(folder / "cache"), name, results), daemon=True)
     process.start()
     return process, results
 
@@ -108,7 +108,7 @@ def test_the_bound_holds_at_every_moment_and_over_processes(server, tmp_path):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    readers = [_fork.Process(target=_read_round, args=(server.url, str(tmp_path / "cache"), number)) for number in range(2)]
+    readers = [_fork.Process(target=_read_round, args=(server.url, str(tmp_path / "cache"), number), daemon=True) for number in range(2)]
     for reader in readers:
         reader.start()
     for reader in readers:
