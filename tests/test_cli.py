@@ -1,6 +1,7 @@
 """The command line: what it accepts from people and launchers, and how it tells mistakes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 
 def test_help_lists_every_command(capsys):
     status, text = usage(capsys, "--help")
-    assert status == 0 and all(f"    {name} " in text for name in ("prepare", *COMMANDS))
+    assert status == 0 and all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in ("prepare", *COMMANDS))
 
 
 @pytest.mark.parametrize("command", [(name,) for name in COMMANDS] + [("prepare", name) for name in SOURCES], ids="-".join)
@@ -80,7 +81,8 @@ def test_debug_shows_where(tmp_path):
 
 
 def test_only_the_first_rank_tells(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err == ""
 

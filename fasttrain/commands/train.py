@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     stop.listen()
     try:
         end_with_parent()
-        faulthandler.enable()
+        faulthandler.enable(file=2)
         return train(load_config(args.config, args.overrides), stop, args.profile)
     except Stopped as stopped:
         print(f"fasttrain: {stopped.told}", file=sys.stderr)
