@@ -270,7 +270,7 @@ def move(chance: random.Random, raw: Any) -> str:
     value = section.pop(key) if isinstance(section, dict) else section[key]
     target, name, there = _place(chance, raw)
     if isinstance(target, dict):
-        target[key if isinstance(key, str) else name] = value
+        target[key if isinstance(key, str) else name] = copy.deepcopy(value)  # which may be what holds the target
     return f"{where} -> {there}"
 
 

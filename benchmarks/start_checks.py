@@ -48,7 +48,8 @@ def config_trial(number: int, folder: Path, *, seed: int, bases: list[dict[str, 
 def _started(path: Path, overrides: Sequence[str], folder: Path) -> tuple[str, str]:
     config = load_config(path, overrides)
     for world_size in _WORLDS:
-        os.environ.update(WORLD_SIZE=str(world_size), RANK="1")  # rank 1 prints no table
+        # Rank 1 prints no table; indexes of sets made elsewhere stay in the trial's folder.
+        os.environ.update(WORLD_SIZE=str(world_size), RANK="1", FASTTRAIN_CACHE=str(folder / "cache"))
         dry_run(config)
     index = read_index(Path(config.data.train))
     config = resolve(config, index)
