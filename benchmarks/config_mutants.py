@@ -431,4 +431,9 @@ _TEXTUAL: tuple[Callable[[random.Random, bytes], bytes], ...] = (
 
 def read_bases(configs: Path) -> list[dict[str, Any]]:
     """The repository's own configs, as data."""
-    return [yaml.safe_load(path.read_text()) for path in sorted(configs.glob("**/*.yaml"))]
+    return [yaml.safe_load(path.read_text()) for path in run_configs(configs)]
+
+
+def run_configs(configs: Path) -> list[Path]:
+    """The files that are runs: what is for launchers is not ours to read."""
+    return [path for path in sorted(configs.glob("**/*.yaml")) if path.parent.name != "launch"]
