@@ -72,27 +72,23 @@ def _skipping(folder: Path, shards: Path, ranks: int, accumulation: int, stage: 
 def flips(folder: Path, shards: Path) -> list[dict[str, Any]]:
     """For each stage that has replicas: how many flips were noticed, and how many comparisons of equal copies gave an alarm."""
     raws = [plain_config(folder / "flips", shards, deepspeed=zero(stage), training={"precision": "bf16"}) for stage in (0, 1, 2)]
-    return [{"stage": stage, **row} for stage, row in enumerate(run_ranks(2, _flipped, raws)[0])]
+    return [{"stage": stage, **run_ranks(2, _flipped, raw)[0]} for stage, raw in enumerate(raws)]
 
 
-def _flipped(processes: Processes, raws: list[dict[str, Any]]) -> list[dict[str, int]]:
-    rows = []
-    for raw in raws:
-        trainer, draw = start(processes, raw), random.Random(3)
-        for _ in range(3):
-            trainer.train_step()
-        tensors = list(trainer.state.replicated())
-        rows.append({"flips": FLIPS, "noticed": 0, "comparisons": CLEAN, "false_alarms": 0})
-        for trial in range(FLIPS):
-            tensor, seed = draw.choice(tensors)[1], draw.random()
-            for again in (True, False):  # the second flip mends the first
-                if processes.rank == trial % 2:
-                    flip(tensor, random.Random(seed))
-                rows[-1]["noticed"] += int(again and differing(processes, iter(tensors)) is not None)
-        rows[-1]["false_alarms"] = sum(differing(processes, iter(tensors)) is not None for _ in range(CLEAN))
-        trainer.loader.close()
-        trainer.engine.destroy()
-    return rows
+def _flipped(processes: Processes, raw: dict[str, Any]) -> dict[str, int]:
+    trainer, draw, noticed = start(processes, raw), random.Random(3), 0
+    for _ in range(3):
+        trainer.train_step()
+    tensors = list(trainer.state.replicated())
+    for trial in range(FLIPS):
+        tensor, seed = draw.choice(tensors)[1], draw.random()
+        for sound in (False, True):  # the second flip mends the first
+            if processes.rank == trial % 2:
+                flip(tensor, random.Random(seed))
+            noticed += not sound and differing(processes, iter(tensors)) is not None
+    alarms = sum(differing(processes, iter(tensors)) is not None for _ in range(CLEAN))
+    trainer.loader.close()
+    return {"flips": FLIPS, "noticed": noticed, "comparisons": CLEAN, "false_alarms": alarms}
 
 
 def stragglers(folder: Path, shards: Path) -> list[dict[str, Any]]:
