@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.config_mutants import run_configs
 from fasttrain.checkpoint import Manifest
 from fasttrain.cli import main
 from fasttrain.config import load_config
@@ -19,7 +20,7 @@ from tests.runs import plain_config
 from tests.shards import write_random
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path.relative_to(ROOT) for path in run_configs(ROOT / "configs")]
 SETTINGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "deepspeed").glob("*.json"))
 
 # What each folder's data are: kind, stored shape, classes.
