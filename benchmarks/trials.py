@@ -60,8 +60,17 @@ def run_trials(trial: Trial, count: int, workers: int, limits: Limits) -> Iterat
             there.close()
             streams[here] = _Stream(process, first)
 
-    for first in range(min(workers, count)):
-        start(first)
+    try:
+        for first in range(min(workers, count)):
+            start(first)
+        yield from _verdicts(streams, start, count, workers)
+    finally:  # also where nobody asks for more
+        for stream in streams.values():
+            stream.process.kill()
+
+
+def _verdicts(streams: dict[Connection, "_Stream"], start: Callable[[int], None], count: int, workers: int) -> Iterator[Verdict]:
+    """What the workers say; one that is lost or silent is replaced from the trial after the one it was at."""
     while streams:
         ready = wait(list(streams), timeout=SILENCE)
         for connection in ready or list(streams):
