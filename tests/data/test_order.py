@@ -136,3 +136,17 @@ def test_impossible_orders_are_refused(arguments: tuple, told: str):
 def test_negative_positions_are_refused():
     with pytest.raises(ValueError, match="positions start at 0; got -3"):
         Order(4, (2, 2), 0).sample_ids(np.array([1, -3]))
+
+
+@pytest.mark.parametrize(("world", "rank"), [(1, 0), (4, 3), (3, 1)])
+def test_the_shards_said_to_come_next_are_those_that_are_read(world: int, rank: int):
+    counts = tuple(int(n) for n in np.random.default_rng(0).integers(0, 40, 50))
+    order = Order(sum(counts) - 7, counts, 5, streams=4, window_shards=2)
+    first = np.cumsum([0, *counts])
+    stretch = order.window * order.streams
+    for epoch in range(2):
+        for start in range(epoch * order.samples, (epoch + 1) * order.samples - 2 * stretch, stretch):
+            positions = np.arange(start + (rank - start) % world, start + 2 * stretch, world)
+            read = np.unique(np.searchsorted(first, order.sample_ids(positions), side="right") - 1)
+            assert set(read.tolist()) <= set(order.shards_ahead(start, rank, world))
+            assert order.stretch(start) != order.stretch(start + stretch)
