@@ -11,11 +11,11 @@ class Ahead:
 
     Args:
         fetch: fetches a file by name, and raises nothing.
-        may_begin: whether there is room for one more; asked again whenever a file is taken over.
+        may_begin: whether there is room for one more beside so many that are on their way; asked again whenever that may have changed.
         threads: how many files are fetched at a time.
     """
 
-    def __init__(self, fetch: Callable[[str], None], may_begin: Callable[[], bool], threads: int):
+    def __init__(self, fetch: Callable[[str], None], may_begin: Callable[[int], bool], threads: int):
         self._fetch = fetch
         self._may_begin = may_begin
         self._count = threads
@@ -63,7 +63,7 @@ class Ahead:
 
     def _next(self) -> str | None:
         with self._changed:
-            while not self._closed and not (self._wanted and self._may_begin()):
+            while not self._closed and not (self._wanted and self._may_begin(len(self._running))):
                 self._changed.wait()
             if self._closed:
                 return None

@@ -71,6 +71,7 @@ class RemoteFiles:
         self._stale = set(fresh)
         self._renewals: dict[str, int] = {}
         self._waiting: dict[str, int] = {}  # bytes fetched ahead and not yet asked for, by name
+        self._largest = 0  # bytes of a file fetched ahead so far
         self._ahead = Ahead(self._fetch_ahead, self._may_fetch_ahead, FETCHERS)
         self._processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -130,10 +131,14 @@ class RemoteFiles:
         if before is not None:
             before.release()
 
-    def _may_fetch_ahead(self) -> bool:
-        """Whether what waits to be asked for leaves room in this process's share of the cache."""
+    def _may_fetch_ahead(self, running: int) -> bool:
+        """Whether this process's share of the cache has room beside what waits to be asked for and what is on its way.
+
+        Files on their way take their room at once, and would take it from those that somebody waits for.
+        """
         with self._lock:
-            return sum(self._waiting.values()) < self._cache.bound * _AHEAD / self._processes
+            taken = sum(self._waiting.values()) + running * self._largest
+            return taken < self._cache.bound * _AHEAD / self._processes and (self._largest > 0 or not running)
 
     def _fetch_ahead(self, name: str) -> None:
         """Puts a file into the cache, where it waits as one of the last used."""
@@ -143,6 +148,7 @@ class RemoteFiles:
             return  # `path` meets the same, and tells it
         with self._lock:
             self._waiting[name] = held.size
+            self._largest = max(self._largest, held.size)
         held.release()
 
     def _get(self, name: str) -> Held:
