@@ -53,12 +53,15 @@ class Seen:
     Attributes:
         ranks: each rank's process.
         others: launchers, pdsh, ssh and sessions of sshd on both hosts.
+        starts, faults: restarts, and folders of stacks, of before: a busy machine may have cost a start.
         ended: seconds from the fault to each process's end.
     """
 
     fault_at: float
     ranks: dict[int, psutil.Process]
     others: set[psutil.Process]
+    starts: int
+    faults: set[Path]
     ended: dict[psutil.Process, float] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -135,7 +138,7 @@ class SupervisedRun:
         """The processes of the start under way, as the fault comes now."""
         ranks = {number: rank for number, host in enumerate(self.hosts) for rank in self._running(host) if is_training(_words(rank))}
         others = {process for host in self.hosts for process in self._running(host)} - {*ranks.values()}
-        return Seen(time.monotonic(), ranks, others)
+        return Seen(time.monotonic(), ranks, others, self.restarts(), self._faults())
 
     def runner(self) -> psutil.Process:
         """`deepspeed` itself, which started pdsh."""
@@ -144,14 +147,15 @@ class SupervisedRun:
     def restarts(self) -> int:
         return len(re.findall(r"^fasttrain supervise: .*; starting again", self.output(), re.MULTILINE))
 
-    def verdicts(self) -> list[dict[str, Any]]:
-        """What the ranks concluded, oldest first."""
-        paths = sorted((self.run_dir / "faults").glob("*/verdict.json"), key=lambda path: path.stat().st_mtime)
-        return [json.loads(path.read_text()) for path in paths]
+    def verdicts(self, seen: Seen) -> list[dict[str, Any]]:
+        """What the ranks concluded since the fault."""
+        paths = [folder / "verdict.json" for folder in sorted(self._faults() - seen.faults)]
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
 
-    def stacks(self) -> list[str]:
-        """The files of stacks that ranks wrote."""
-        return sorted(str(path.relative_to(self.run_dir)) for path in (self.run_dir / "faults").glob("*/rank-*.txt"))
+    def stacks(self, seen: Seen) -> list[str]:
+        """The files of stacks that ranks wrote since the fault."""
+        paths = [path for folder in sorted(self._faults() - seen.faults) for path in sorted(folder.glob("rank-*.txt"))]
+        return [str(path.relative_to(self.run_dir)) for path in paths]
 
     def left_over(self) -> list[str]:
         """What still runs on the two hosts, beside what was there before."""
@@ -166,6 +170,9 @@ class SupervisedRun:
         self.process.wait()
         self._log.close()
         shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+
+    def _faults(self) -> set[Path]:
+        return set((self.run_dir / "faults").glob("*"))
 
     def _supervisor(self) -> psutil.Process:
         return psutil.Process(self.process.pid)

@@ -113,7 +113,7 @@ class Trials:
             notice = self._watch(run, seen, scenario)
             self._say(f"{name}: ranks ended after {notice['ranks_ended_seconds']} s, started again after {notice['restarted_seconds']} s")
             status = run.wait(REST_SECONDS)
-            return {**notice, **self._outcome(run, status)}
+            return {**notice, **self._outcome(run, seen, status)}
         finally:
             scenario.mend(run)
             run.close()
@@ -146,18 +146,19 @@ class Trials:
             "in_time": len(ranks) == len(seen.ranks) == 2 and max(ranks.values()) <= allowed,
         }
 
-    def _outcome(self, run: SupervisedRun, status: int) -> dict[str, Any]:
+    def _outcome(self, run: SupervisedRun, seen: Seen, status: int) -> dict[str, Any]:
         """How the run as a whole ended."""
         time.sleep(1.0)  # what ends by itself has ended
-        verdicts = run.verdicts()
+        verdicts = run.verdicts(seen)
         finished = status == 0 and run.step() == STEPS
         return {
             "status": status,
-            "restarts": run.restarts(),
+            "restarts": run.restarts() - seen.starts,
+            "restarts_before": seen.starts,
             "named": verdicts[0]["told"] if verdicts else None,
             "cause": verdicts[0]["cause"] if verdicts else None,
             "ranks_named": verdicts[0]["ranks"] if verdicts else [],
-            "stacks": run.stacks(),
+            "stacks": run.stacks(seen),
             "left_at_end": run.left_over(),
             "finished": finished,
             "same_loss": finished and run.records()[-1]["loss"] == self._last_loss,
