@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, e
 
 @contextmanager
 def locked(run_dir: Path, processes: Processes, seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Holds RUN/lock for the block's life. A collective.
+    """Holds RUN/lock for the block's life; empty when nobody does. A collective.
 
     Args:
         seconds: how long to wait for another training in the same folder to end.
@@ -41,6 +41,8 @@ def locked(run_dir: Path, processes: Processes, seconds: float = WAIT_SECONDS) -
         yield
     finally:
         if descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
 

@@ -24,6 +24,7 @@ from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.engine.updates import choose_update
 from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import CorruptedError
+from fasttrain.lock import WAIT_SECONDS, locked
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
@@ -103,6 +104,7 @@ class Trainer:
                 watchdog.on_fault(self.rescue)
                 stack.enter_context(watchdog.explaining())
             self.activity.begin("resuming", 0)
+            stack.enter_context(locked(config.run_dir, self.processes, min(WAIT_SECONDS, config.training.timeout_seconds / 2)))
             found = self.find_checkpoint()
             write_folder(config, self.index, self.processes)
             reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))

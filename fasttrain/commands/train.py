@@ -11,7 +11,6 @@ from fasttrain.engine.activity import Activity
 from fasttrain.engine.ancestry import Orphanhood, end_with_parent
 from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import Status
-from fasttrain.lock import WAIT_SECONDS, locked
 from fasttrain.stopping import Stop, Stopped
 from fasttrain.streams import outlive_reader
 
@@ -55,7 +54,6 @@ def train(config: RunConfig, stop: Stop, profile_steps: int = 0) -> int:
     activity, limit = Activity(), config.training.timeout_seconds
     with (
         distributed.joined(config.collective_seconds) as processes,
-        locked(config.run_dir, processes, min(WAIT_SECONDS, limit)),
         Watchdog(processes, activity, config.run_dir, limit, config.patience, Orphanhood(processes.local_rank == 0)) as watchdog,
     ):
         trainer = Trainer(config, processes, activity)
