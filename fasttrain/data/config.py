@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fasttrain.data.remote.addresses import refuse_secrets
+from fasttrain.registry import shown
 
 
 class DataConfig(BaseModel):
@@ -40,6 +41,14 @@ class DataConfig(BaseModel):
     cache_gib: float = Field(default=64, gt=0, le=2**30)
     retry_seconds: float = Field(default=300, ge=0, le=1e7)
     allow_pipe: bool = False
+
+    @field_validator("train", "vae", "cache")
+    @classmethod
+    def _is_a_place(cls, given: str | None) -> str | None:
+        """Messages name it: a terminal must be able to show it."""
+        if given is not None and not (given.strip() and given.isprintable()):
+            raise ValueError(f"give a place in printable characters, not {shown(given)}")
+        return given
 
     @field_validator("train")
     @classmethod
