@@ -60,6 +60,11 @@ class Setting:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
+    def share_of_time(self, parts: int) -> "Setting":
+        """The same with the first of so many equal parts of the time that is left."""
+        now = time.monotonic()
+        return dataclasses.replace(self, deadline=now + (self.deadline - now) / parts)
+
     def say(self, text: str) -> None:
         """A line of progress."""
         print(f"[{self.deadline - time.monotonic():4.0f} s left] {text}", flush=True)

@@ -152,7 +152,8 @@ def kills(setting: Setting) -> Outcome:
         whole = uninterrupted(folder / "whole", write_config(folder / "whole", setting.shards, stage, steps))
         setting.say(f"ZeRO {stage}: {steps} steps uninterrupted; {count} kills follow")
         config = write_config(folder / "run", setting.shards, stage, steps)
-        chain = Killer(folder / "run", config, stage, whole, hits, setting.seed + stage).run(count, setting)
+        share = setting.share_of_time(len(STAGES) - i)
+        chain = Killer(folder / "run", config, stage, whole, hits, setting.seed + stage).run(count, share)
         chains.append(chain)
         setting.say(
             f"ZeRO {stage}: {len(chain.kills)} kills, {sum(kill.lost for kill in chain.kills)} lost, {len(chain.problems)} problems"

@@ -39,7 +39,7 @@ from benchmarks.forked_ranks import free_port
 from benchmarks.stop_trials import environment as started_anew
 from benchmarks.whole_file import write_json
 from fasttrain.cli import main as fasttrain
-from fasttrain.supervisor import is_training
+from fasttrain.supervisor import trainings
 from tests.runs import plain_config, zero
 
 RESULT = results_folder(torch.device("cpu")) / "useful_time.json"
@@ -133,7 +133,7 @@ class Supervised:
 
     def ranks(self) -> list[psutil.Process]:
         """Its processes that train."""
-        return [child for child in psutil.Process(self.process.pid).children(recursive=True) if is_training(child.cmdline())]
+        return list(trainings(psutil.Process(self.process.pid)))
 
     def _read(self, stream: IO[str]) -> None:
         for text in stream:
