@@ -51,6 +51,8 @@ def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8]
         vae=trained.index.vae.id if trained.index.vae else None,
     )
     score = evaluate([images], _images(reference), FEATURES.build(args.features), protocol)
+    if reference.damage.unreadable:
+        print(f"{reference.damage.unreadable} unreadable samples of {args.reference} are left out")
     out = args.out or args.run / "scores" / f"{args.weights}-{args.features}.json"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
