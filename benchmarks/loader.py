@@ -5,6 +5,8 @@
 Shards of 8 KiB latents are written to a scratch folder by fasttrain's own writer, digests are compared once before the clock starts, and
 the page cache is warm. The arms take turns, so that whatever else the machine does falls on both. Both give stacked batches of 256,
 shuffled: ours over the whole set, webdataset's over a buffer of 1,000 that is full before the clock starts.
+
+Then what a node of eight GPUs would wait for, from local shards and from a web server with latency and drops (`benchmarks/node.py`).
 """
 
 import argparse
@@ -22,6 +24,7 @@ import webdataset
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import node
 from benchmarks.environment import environment, results_folder
 from benchmarks.whole_file import write_json
 from fasttrain.data.index import Source, VaeRecord
@@ -33,15 +36,17 @@ from fasttrain.data.prepare.writer import Made
 from fasttrain.data.shards import ShardSet
 
 SHAPE = (2, 2, 4, 16, 16)  # fp16: 8 KiB
-SAMPLES = 16_384
-SHARD_SIZE = 2_048
+SAMPLES, SHARD_SIZE = 16_384, 2_048
+NODE_SAMPLES, NODE_SHARD_SIZE = 32_768, 1_024
+CACHE_GIB = 0.2  # less than the node's set of 0.25: shards leave the cache and are fetched again
+LATENCY, DROPS = 0.05, 0.02
 BATCH = 256
 CPU = torch.device("cpu")
 RESULT = results_folder(CPU) / "loader.json"
 
 
-def write_shards(out: Path) -> ShardSet:
-    """Latents of noise, one set for both arms."""
+def write_shards(out: Path, samples: int = SAMPLES, shard_size: int = SHARD_SIZE) -> ShardSet:
+    """Latents of noise."""
 
     def noise(entries: Sequence[int]) -> Iterator[Made]:
         rng = np.random.default_rng(entries[0])
@@ -54,13 +59,13 @@ def write_shards(out: Path) -> ShardSet:
         dtype="float16",
         classes=tuple(map(str, range(1000))),
         source=Source(name="noise", xxh3="0" * 32),
-        entries=range(SAMPLES),
-        shard_size=SHARD_SIZE,
+        entries=range(samples),
+        shard_size=shard_size,
         vae=VaeRecord(id="none", scaling_factor=1.0),
     )
     prepare_set(out, plan, noise, lambda folder, receipts: {"latent_shift": (0.0,) * 4, "latent_scale": (1.0,) * 4})
     shards = ShardSet.open(out)
-    shards.gather(np.arange(0, SAMPLES, SHARD_SIZE // 2))
+    shards.gather(np.arange(0, samples, shard_size // 2))
     return shards
 
 
@@ -77,13 +82,13 @@ def webdataset_batches(shards: ShardSet) -> Iterator[object]:
         yield from webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().to_tuple("npy", "cls").batched(BATCH)
 
 
-def measure(batches: Iterator[object], seconds: float) -> float:
-    """Samples a second over a stretch of at least `seconds`."""
-    start, count = time.perf_counter(), 0
+def measure(batches: Iterator[object], seconds: float) -> dict[str, float]:
+    """Samples over a stretch of at least `seconds`: a second, and a second of this process's own CPU time, whatever else runs."""
+    start, began, count = time.perf_counter(), time.process_time(), 0
     while (passed := time.perf_counter() - start) < seconds:
         next(batches)
         count += BATCH
-    return count / passed
+    return {"second": count / passed, "cpu_second": count / (time.process_time() - began)}
 
 
 def check_parity(shards: ShardSet) -> None:
@@ -117,29 +122,65 @@ def main() -> None:
         for batches in arms.values():
             next(batches)
         rounds = [{name: measure(batches, args.seconds) for name, batches in arms.items()} for _ in range(args.rounds)]
-    report(rounds, args.seconds)
+        waits = measure_node(Path(folder))
+    report(rounds, waits, args.seconds)
 
 
-def report(rounds: Sequence[dict[str, float]], seconds: float) -> None:
-    """The table on the screen, and the same figures as JSON."""
-    rates = {name: spread([each[name] for each in rounds]) for name in rounds[0]}
-    ratio = spread([each["fasttrain"] / each["webdataset"] for each in rounds])
-    table = Table(title=f"one core, 8 KiB samples, batches of {BATCH}: median (min to max) of {len(rounds)} alternating rounds")
-    for column in ("", "samples/s", "GB/s"):
-        table.add_column(column, justify="right")
+def measure_node(folder: Path) -> dict[str, dict[str, float]]:
+    """What the eight ranks of a node wait for, by where the shards are."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    write_shards(folder / "node", NODE_SAMPLES, NODE_SHARD_SIZE).close()
+    return {
+        "local": node.waits(str(folder / "node")),
+        "http": node.streamed(folder / "node", folder / "clean", CACHE_GIB, LATENCY, 0.0),
+        "http with drops": node.streamed(folder / "node", folder / "dropped", CACHE_GIB, LATENCY, DROPS),
+    }
+
+
+def report(rounds: Sequence[dict[str, dict[str, float]]], waits: dict[str, dict[str, float]], seconds: float) -> None:
+    """The tables on the screen, and the same figures as JSON."""
+    by = {clock: {name: spread([each[name][clock] for each in rounds]) for name in rounds[0]} for clock in ("second", "cpu_second")}
+    ratios = {clock: spread([each["fasttrain"][clock] / each["webdataset"][clock] for each in rounds]) for clock in by}
     sample_bytes = int(np.prod(SHAPE)) * 2
-    for name, rate in rates.items():
-        told = f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
-        table.add_row(name, told, f"{rate['median'] * sample_bytes / 1e9:.2f}")
-    table.add_row("ratio", f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})", "")
+    table = Table(title=f"one core, 8 KiB samples, batches of {BATCH}: median (min to max) of {len(rounds)} alternating rounds")
+    for column in ("", "samples a second", "a second of its own CPU time", "GB/s", "GB a CPU second"):
+        table.add_column(column, justify="right")
+    for name in rounds[0]:
+        rates = [by[clock][name] for clock in by]
+        told = [f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})" for rate in rates]
+        table.add_row(name, *told, *(f"{rate['median'] * sample_bytes / 1e9:.2f}" for rate in rates))
+    table.add_row("ratio", *(f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})" for ratio in ratios.values()), "", "")
     Console().print(table)
+    told = Table(title=f"a node of {node.RANKS} readers, steps of {node.STEP} s: its wait a step, in ms")
+    for column in ("", "median", "p99", "max", "stall"):
+        told.add_column(column, justify="right")
+    for name, each in waits.items():
+        told.add_row(name, *(f"{each[key]:.1f}" for key in ("median_ms", "p99_ms", "max_ms")), f"{each['stall_share']:.2%}")
+    Console().print(told)
     result = {
         "benchmark": "loader",
         "environment": {**environment(CPU), "cores_used": 1},
         "settings": {"samples": SAMPLES, "sample_bytes": sample_bytes, "batch": BATCH, "rounds": len(rounds), "seconds": seconds},
-        "samples_per_second": rates,
-        "ratio": ratio,
+        "load_average": os.getloadavg()[0],
+        "samples_per_second": by["second"],
+        "samples_per_cpu_second": by["cpu_second"],
+        "ratio": ratios["second"],
+        "cpu_ratio": ratios["cpu_second"],
         "rounds": list(rounds),
+        "node": {
+            "ranks": node.RANKS,
+            "micro_batch": node.BATCH,
+            "step_seconds": node.STEP,
+            "images_per_second": node.RANKS * node.BATCH / node.STEP,
+            "steps": node.STEPS,
+            "warm_up_steps": node.WARM_UP,
+            "latency_seconds": LATENCY,
+            "drops": DROPS,
+            "cache_gib": CACHE_GIB,
+            "cores": os.cpu_count(),
+            "waits": waits,
+        },
     }
     write_json(RESULT, result)
 

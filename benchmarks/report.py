@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "noise": proof_tables.noise,
     "parity": tables.parity,
     "loader": tables.loader,
+    "waits": tables.waits,
     "checkpoint": tables.checkpoint,
     "two_hosts": two_host_table.two_hosts,
 }

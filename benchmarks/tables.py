@@ -82,10 +82,28 @@ def loader(results: Path) -> str:
     result = read(results / "cpu" / "loader.json")
     if result is None:
         return "*Not run.*"
-    rows = [[name, *(f"{rate[key]:,.0f}" for key in ("median", "min", "max"))] for name, rate in result["samples_per_second"].items()]
+    size = result["settings"]["sample_bytes"] / 1e9
+    rows = []
+    for name, rate in result["samples_per_second"].items():
+        own = result["samples_per_cpu_second"][name]["median"]
+        rows.append([name, *(f"{rate[key]:,.0f}" for key in ("median", "min", "max")), f"{own:,.0f}", f"{own * size:.2f}"])
     ratio = result["ratio"]
-    rows.append(["ratio", *(f"{ratio[key]:.0f}" for key in ("median", "min", "max"))])
-    return "\n".join(table(["samples a second on one core", "median", "least", "most"], rows))
+    rows.append(["ratio", *(f"{ratio[key]:.0f}" for key in ("median", "min", "max")), f"{result['cpu_ratio']['median']:.0f}", ""])
+    head = ["samples a second on one core", "median", "least", "most", "a second of its own CPU time", "GB in that"]
+    return "\n".join(table(head, rows))
+
+
+WAIT_COLUMNS = {"median_ms": "median wait, ms", "p99_ms": "p99, ms", "max_ms": "most, ms"}
+
+
+def waits(results: Path) -> str:
+    """What a node of eight readers waits for a step, by where its shards are."""
+    result = read(results / "cpu" / "loader.json")
+    if result is None:
+        return "*Not run.*"
+    waited = result["node"]["waits"].items()
+    rows = [[name, *(f"{each[key]:.1f}" for key in WAIT_COLUMNS), f"{each['stall_share']:.1%}"] for name, each in waited]
+    return "\n".join(table(["shards", *WAIT_COLUMNS.values(), "share of the time"], rows))
 
 
 CHECKPOINT_ROWS = {

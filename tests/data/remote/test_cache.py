@@ -83,7 +83,20 @@ def test_who_waited_for_a_killed_process_fetches_for_itself(server, stored, tmp_
     process.join()
 
 
-def test_the_least_recently_used_goes_first_and_what_is_held_stays(server, stored, tmp_path, opened):
+def test_the_least_recently_used_goes_first(server, tmp_path, opened):
+    files = opened(server.url, mib=700_000 / MIB)  # any two fit
+    for name, age in (("a.tar", 100), ("b.tar", 50)):
+        now = time.time()
+        os.utime(files.path(name), (now - age, now - age))
+        files.release(name)
+    files.path("a.tar")  # a use, which makes b the older one
+    files.release("a.tar")
+    files.path("c.tar")
+    assert [path.name.partition("-")[2] for path in cached(tmp_path)].count("a.tar") == 1
+    assert server.count("a.tar") == 1 and len(cached(tmp_path)) == 2
+
+
+def test_what_is_held_stays_however_old_it_is(server, stored, tmp_path, opened):
     files = opened(server.url, mib=700_000 / MIB)  # any two fit
     held = files.path("a.tar")
     files.path("b.tar")
