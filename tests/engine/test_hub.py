@@ -80,6 +80,13 @@ def test_strangers_are_sent_away_and_ranks_go_on(hub: Hub, garbage: bytes):
     assert hub.verdict is None
 
 
+def test_a_whole_greeting_with_a_wrong_token_is_sent_away_and_takes_no_place(hub: Hub):
+    stranger = _connect(hub)
+    stranger.send({"token": "0" * len(hub.token), "rank": 1, "place": "elsewhere", "pid": 1, "machine": "m"})
+    assert _sent_away(stranger)
+    assert not _sent_away(_rank(hub, 1), 0.3)
+
+
 def test_a_stranger_who_says_nothing_or_takes_a_rank_that_is_here(hub: Hub):
     mute, first = _connect(hub), _rank(hub, 0)
     time.sleep(0.2)
