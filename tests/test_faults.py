@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.fault_runs import Setting, uninterrupted, write_config
 from benchmarks.kill_trials import MOMENTS, STAGES, STEPS_A_KILL, Kill, Killer
@@ -26,6 +27,9 @@ def test_a_run_that_loses_ranks_again_and_again_ends_as_if_it_had_lost_none(stag
     chain = killer.run(KILLS, setting)
     assert chain.problems == []
     assert [kill.problem() for kill in chain.kills] == [None] * KILLS
+    # One bit of one weight would have been noticed.
+    next(iter(whole.state["master"].values())).view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    assert len(whole.differences(tmp_path / "run")) == 1
 
 
 def test_a_kill_that_costs_what_was_saved_is_not_called_fine():
