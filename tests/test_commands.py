@@ -20,6 +20,7 @@ from fasttrain.models import MODELS
 from fasttrain.trained import Trained
 from fasttrain.versions import installed
 from tests.commands import fasttrain
+from tests.labelled_images import write_set
 from tests.ranks import free_port
 from tests.runs import plain_config
 
@@ -246,6 +247,14 @@ def test_a_score_needs_images_of_the_samples_shape(run, tmp_path, capsys, small_
         main(["evaluate", str(run), "--reference", str(small_images(16)), "--count", "10", *FAST, "--out", str(tmp_path / "s.json")]) == 2
     )
     assert "samples are images (8, 8, 1), the reference holds (16, 16, 3)" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+
+
+def test_a_reference_made_elsewhere_is_read_at_the_size_that_is_asked_for(run: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    command = ["evaluate", str(run), "--reference", str(write_set(tmp_path / "set", [20])), "--count", "10", *FAST]
+    assert main(command) == 2 and "--size" in capsys.readouterr().err
+    assert main([*command, "--size", "8"]) == 2
+    assert "samples are images (8, 8, 1), the reference holds (8, 8, 3)" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
+from fasttrain.data.config import DataConfig
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine import distributed
 from fasttrain.errors import UserError
@@ -21,13 +22,16 @@ REFERENCE_BATCH = 4096
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_arguments(parser, count=10_000)
-    parser.add_argument("--reference", required=True, help="folder or URL of image shards to compare with")
+    parser.add_argument(
+        "--reference", required=True, help="folder or URL of image shards to compare with, or a pattern of shards made elsewhere"
+    )
+    parser.add_argument("--size", type=int, help="of the images of shards made elsewhere: they are cropped and resized to it")
     parser.add_argument("--features", default="pixels", choices=FEATURES.names(), help="what is compared (default pixels)")
     parser.add_argument("--out", type=Path, help="JSON file for the score and its protocol (default: RUN/scores/WEIGHTS-FEATURES.json)")
 
 
 def run(args: argparse.Namespace) -> None:
-    reference = ShardSet.open(args.reference)
+    reference = ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))
     if reference.index.kind != "image":
         raise UserError(
             f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size"

@@ -42,7 +42,8 @@ def open_foreign(
         UserError: data.size is missing, no sample, more missing or lost than data.max_damaged allows, or a store that fails for too long.
     """
     if config.size is None:
-        raise UserError(f"data.size is missing: images of {_place(pattern)} are cropped and resized to it; give it in pixels")
+        told = f"data.size is missing: images of {_place(pattern)} are cropped and resized to it"
+        raise UserError(f"{told}; give it in pixels (`fasttrain evaluate` takes --size)")
     files = open_files(pattern.base, config)
     folder = index_folder(cache_folder(config), pattern)
     pattern = first_listing(pattern, folder)

@@ -220,3 +220,15 @@ def test_what_changes_after_the_index_was_made_is_damage(tmp_path: Path, place: 
         "train-00000.tar: 1 of 10 samples unreadable (its content is not what was indexed); replaced",
     ]
     assert number_of(open_set(f"{folder}{place}", verify=False).gather(np.array([5])).arrays[0]) == 5
+
+
+def test_halves_on_both_sides_of_damage_never_meet(tmp_path: Path):
+    """One key before and behind a damaged header: the label of the first must not stand on the image of the second."""
+    label, image = sample(1, key="same")[0], sample(2, key="same")[1]
+    assert (label[0], image[0]) == ("same.cls", "same.png") and label_of(1) != label_of(2)
+    whole = [member for n in (7, 8) for member in sample(n)]
+    tar = write_tar(tmp_path / "a-0.tar", [*whole, label, ("same.txt", b"words"), image])
+    content = bytearray(tar.read_bytes())
+    content[content.index(b"same.txt")] ^= 1
+    tar.write_bytes(content)
+    assert numbers(open_set(tmp_path / "a-{0..0}.tar")) == [7, 8]
