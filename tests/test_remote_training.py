@@ -1,7 +1,9 @@
 """Training from a web server: the same run, bit for bit, whatever the server does, and a clear end where it is gone."""
 
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,19 @@ def test_a_dry_run_reads_from_a_server(folder, tmp_path):
     with FaultyServer(folder) as server:
         done = fasttrain("train", write_config(tmp_path, "run", server.url), "--dry-run")
     assert done.status == 0 and "dry run done" in done.out, done.err
+
+
+def _cache_in(folder: Path) -> None:
+    os.environ["FASTTRAIN_CACHE"] = str(folder / "cache")
+
+
+def test_an_evaluation_takes_its_reference_from_a_server(digits, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(plain_config(tmp_path / "run", digits, training={"steps": 1, "global_batch": 16})))
+    assert fasttrain("train", path).status == 0
+    with FaultyServer(digits, Faults(drops=0.2, seed=2)) as server:
+        few = ("--count", "80", "--steps", "2")
+        done = fasttrain("evaluate", tmp_path / "run", "--reference", server.url, *few, before=partial(_cache_in, tmp_path))
+        assert done.status == 0 and "1797 reference images" in done.out, done.err
+        done = fasttrain("evaluate", tmp_path / "run", "--reference", f"{server.url}?token=s3cr3t", *few)
+    assert done.status == Status.USER_ERROR and "netrc" in done.err and "s3cr3t" not in done.out + done.err

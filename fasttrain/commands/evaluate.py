@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
 from fasttrain.data.config import DataConfig
+from fasttrain.data.remote.store import check_address
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine import distributed
 from fasttrain.errors import UserError
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_address(args.reference)
     reference = ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))
     if reference.index.kind != "image":
         raise UserError(

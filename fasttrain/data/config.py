@@ -23,7 +23,7 @@ class DataConfig(BaseModel):
     retry_seconds: how long a passing failure of a remote store is tried again before the run stops.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
     train: str
     vae: str | None = None

@@ -36,12 +36,17 @@ def open_files(place: str, config: DataConfig, fresh: Sequence[str] = ()) -> Sha
     scheme = scheme_of(place)
     if scheme is None:
         return LocalFiles(Path(place))
+    check_address(place)
+    opener = opener_of(scheme, place, config.allow_pipe)
+    return RemoteFiles(place, opener, Cache(cache_folder(config) / "files", int(config.cache_gib * 2**30)), config.retry_seconds, fresh)
+
+
+def check_address(place: str) -> None:
+    """Raises UserError where an address carries a secret; the message does not show it."""
     try:
         refuse_secrets(place)
     except ValueError as error:
         raise UserError(str(error)) from None
-    opener = opener_of(scheme, place, config.allow_pipe)
-    return RemoteFiles(place, opener, Cache(cache_folder(config) / "files", int(config.cache_gib * 2**30)), config.retry_seconds, fresh)
 
 
 def cache_folder(config: DataConfig) -> Path:
