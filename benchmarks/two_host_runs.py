@@ -149,8 +149,8 @@ class SupervisedRun:
 
     def verdicts(self, seen: Seen) -> list[dict[str, Any]]:
         """What the ranks concluded since the fault."""
-        paths = [folder / "verdict.json" for folder in sorted(self._faults() - seen.faults)]
-        return [json.loads(path.read_text()) for path in paths if path.exists()]
+        paths = [path for folder in sorted(self._faults() - seen.faults) for path in sorted(folder.glob("verdict-*.json"))]
+        return [json.loads(path.read_text()) for path in paths]
 
     def stacks(self, seen: Seen) -> list[str]:
         """The files of stacks that ranks wrote since the fault."""

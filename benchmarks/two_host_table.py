@@ -31,7 +31,8 @@ def _row(name: str, trial: dict[str, Any]) -> list[str]:
     if "failed" in trial:
         return [name, f"**{trial['failed']}**", *[""] * 5]
     ended = ", ".join(f"{seconds:.1f} s" for _, seconds in sorted(trial["ranks_ended_seconds"].items()))
-    named = ", ".join(f"rank {rank}" for rank in trial["ranks_named"]) or "nobody"
+    # Both sides of a cut link name the other.
+    named = " and ".join(", ".join(f"rank {rank}" for rank in verdict["ranks"]) for verdict in trial["verdicts"]) or "nobody"
     left = len(trial["left_at_restart"]) + len(trial["left_at_end"])
     same = "bit for bit the undisturbed run's" if trial["same_bits"] and trial["same_loss"] else "**differ, or not reached**"
     stacks = f"; stacks of {len(trial['stacks'])}" if trial["stacks"] else ""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fasttrain.engine.host import machine
 from fasttrain.engine.launch import place
 from fasttrain.errors import UserError
 
@@ -107,7 +108,10 @@ def start(timeout_seconds: float) -> Processes:
     timeout = datetime.timedelta(seconds=timeout_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **group)
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Processes(mine.rank, mine.world_size, mine.local_rank, device, control)
+    processes = Processes(mine.rank, mine.world_size, mine.local_rank, device, control)
+    # As torchrun sets it, whoever started the process: how many share what a machine has, such as its cache of shards.
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes.gather(machine()).count(machine()))
+    return processes
 
 
 def finish() -> None:

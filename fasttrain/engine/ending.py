@@ -73,10 +73,11 @@ def write_stacks(path: Path, verdict: Verdict, rank: int, doing: Doing, error: B
         faulthandler.dump_traceback(file, all_threads=True)
 
 
-def report(folder: Path, verdict: Verdict, problem: str | None) -> None:
+def report(folder: Path, verdict: Verdict, rank: int, problem: str | None) -> None:
     """The one message of a run that cannot go on, and the verdict as a file beside the stacks.
 
     Args:
+        rank: that tells it. Both sides of a cut link tell their own verdict, perhaps into the same folder.
         problem: why the stacks could not be written; they go to this rank's stderr then.
     """
     stacks = f"stacks of the living ranks: {folder}" if problem is None else f"no stacks in {folder}: {problem}; this rank's follow"
@@ -87,7 +88,7 @@ def report(folder: Path, verdict: Verdict, problem: str | None) -> None:
     )
     if problem is not None:
         faulthandler.dump_traceback(2, all_threads=True)
-    write_whole(folder / "verdict.json", verdict.json())
+    write_whole(folder / f"verdict-rank-{rank:05d}.json", verdict.json())
 
 
 def end_stopped(verdict: Verdict) -> None:

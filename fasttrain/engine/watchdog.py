@@ -284,7 +284,7 @@ class Watchdog:
         # Where rank 0 has gone, one rank of each host may know best, and none knows who else lives.
         alone = verdict.ranks == (0,) and verdict.cause in ("died", "silent")
         if processes.is_main or (alone and (processes.local_rank == 0 or processes.rank == verdict.lowest)):
-            within(REPORT_SECONDS, report, self._faults, verdict, problem)
+            within(REPORT_SECONDS, report, self._faults, verdict, processes.rank, problem)
 
 
 def _next_folder(folder: Path) -> Path:

@@ -22,7 +22,7 @@ AS_PROMISED: dict[str, Any] = {
     "left_at_restart": [],
     "left_at_end": [],
     "in_time": True,
-    "ranks_named": [1],
+    "verdicts": [{"cause": "died", "ranks": [1], "told": "rank 1 has died"}],
     "stacks": ["faults/0001/rank-00000.txt"],
     "same_loss": True,
     "same_bits": True,

@@ -1,5 +1,7 @@
 """Processes: a mistake is told once, by a rank that met it."""
 
+import os
+
 import pytest
 
 from fasttrain.engine import distributed
@@ -27,3 +29,11 @@ def test_a_launcher_that_forgets_the_local_rank(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="LOCAL_RANK is not: export it too"), distributed.joined(10):
         pass
+
+
+def _on_this_machine(processes: Processes) -> str:
+    return os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_each_rank_knows_how_many_share_its_machine():
+    assert run_ranks(2, _on_this_machine) == ["2", "2"]

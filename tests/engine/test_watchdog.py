@@ -47,7 +47,7 @@ class _Rescue:
 
 
 def _verdict(folder: Path) -> dict:
-    [path] = (folder / "faults").glob("*/verdict.json")
+    [path] = (folder / "faults").glob("*/verdict-*.json")
     return json.loads(path.read_text())
 
 
@@ -132,7 +132,7 @@ def test_an_error_in_one_rank_ends_the_others_without_an_echo(
         own, other = ranks.output(odd), ranks.output(1 - odd)
     assert own.count("Traceback") == 1
     assert "Traceback" not in other
-    assert list(tmp_path.glob("faults/*/verdict.json")) == [] if told is None else told in _verdict(tmp_path)["told"]
+    assert list(tmp_path.glob("faults/*/verdict-*.json")) == [] if told is None else told in _verdict(tmp_path)["told"]
 
 
 def _leave(folder: Path) -> None:
