@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import plots, proof_tables, tables, targets, two_host_table
+from benchmarks import fault_tables, plots, proof_tables, tables, targets, two_host_table
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -31,6 +31,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "waits": tables.waits,
     "checkpoint": tables.checkpoint,
     "two_hosts": two_host_table.two_hosts,
+    "kills": fault_tables.kills,
+    "faults": fault_tables.faults,
+    "useful": fault_tables.useful,
 }
 PICTURES: dict[str, Callable[[plots.Result], str]] = {
     "kernels": plots.kernel_bars,

@@ -9,7 +9,7 @@ from before the trainer is built to after a step, which also holds weights, grad
 import argparse
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,13 @@ def held(processes: Processes, raw: dict[str, Any]) -> dict[str, int]:
     return {"parameters": parameters, "master": of[MASTER], "moments": moments, "averages": averages, "process": grown}
 
 
-def measure(folder: Path, digits: Path, worlds: Iterable[int], depth: int, width: int) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, digits: Path, worlds: Iterable[int], depth: int, width: int, stages: Sequence[int] = range(4)
+) -> list[dict[str, Any]]:
     """Every world size and stage, in processes of their own: the most that any rank holds, and the estimate."""
     rows = []
     for world_size in worlds:
-        for stage in range(4):
+        for stage in stages:
             raw = run_config(folder / str(world_size), digits, stage, depth, width)
             per_rank = run_ranks(world_size, held, raw)
             most = {key: max(rank[key] for rank in per_rank) for key in per_rank[0]}

@@ -271,7 +271,7 @@ def test_no_space_in_the_middle_of_training(disk, trained):
     folder = disk(8 << 20)
     shutil.copytree(trained.parent / "run", folder / "run")
     before = contents(folder / "run" / "checkpoints")
-    ballast = fill(folder, 4096)
+    ballast = fill(folder, 24 << 10)
     command = ("train", trained, f"run_dir={folder / 'run'}", "training.steps=40", "checkpoint.every=100", "checkpoint.retry_seconds=1")
     told = "no checkpoint of step 40 was saved; those before it are intact (the newest is step-00000003)"
     assert_one_message(fasttrain(*command), told, "No space left on device; make room")

@@ -4,7 +4,6 @@ ema = ema + (1 - decay)(p - ema), torch's `lerp`, as the update's reference docu
 of whole parameters on one process; ZeRO's averages lie in flat partitions, in another order and at other alignments.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,10 @@ def _all(processes: Processes, raws: list[dict[str, Any]]) -> list[tuple[int, in
     return [_differences(processes, raw) for raw in raws]
 
 
-ALL = tuple(itertools.product(range(4), ("fp32", "bf16")))
+EVERY_STAGE = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"))
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(1, ((0, "bf16"), (1, "fp32"), (3, "bf16"))), (2, ALL)])
+@pytest.mark.parametrize(("world_size", "cases"), [(1, ((0, "bf16"), (1, "fp32"), (3, "fp32"))), (2, EVERY_STAGE)])
 def test_the_averages_are_a_full_copys_bit_for_bit(world_size: int, cases: tuple[tuple[int, str], ...], tmp_path: Path, digits: Path):
     raws = [
         plain_config(

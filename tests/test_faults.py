@@ -11,7 +11,7 @@ import torch
 from benchmarks.fault_runs import Setting, uninterrupted, write_config
 from benchmarks.kill_trials import MOMENTS, STAGES, STEPS_A_KILL, Kill, Killer
 
-KILLS = 2
+KILLS = 1
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -19,7 +19,7 @@ from fasttrain.checkpoint import Manifest, read_weights
 from tests.ranks import free_port, run_ranks
 from tests.runs import merged, plain_config, trace, zero
 
-STEPS, SAVE_EVERY = 100, 5  # long enough that a run does not end before it can be killed, on a busy machine too
+STEPS, SAVE_EVERY = 40, 5  # long enough that a run does not end before it can be killed, on a busy machine too
 MANY = 5000  # more than are done before a signal arrives
 TIMEOUT = 120
 ROOT = Path(__file__).resolve().parents[1]

@@ -167,7 +167,8 @@ def test_the_loader_takes_rows_without_copying_the_shard(tmp_path: Path) -> None
     opened = shards.ShardSet.open(write_random(tmp_path / "set", "latent", shape, classes=2))
     one = np.array([2])
     opened.gather(one)
-    sample, view = 2 * np.prod(shape), opened._view(0)
+    with opened._reader._held.use(0) as kept:
+        sample, view = 2 * np.prod(shape), kept.view
     assert not view.flags.c_contiguous and len(view) == 3
     # One sample among the results, and one on the way there.
     assert peak_bytes(lambda: opened.gather(one)) < 2.5 * sample

@@ -35,7 +35,7 @@ class Ahead:
                     thread.start()
             self._changed.notify_all()
 
-    def take(self, name: str) -> bool:
+    def claim(self, name: str) -> bool:
         """Takes a file over: waits while it is being fetched (returns whether it was), and does not begin with it otherwise."""
         with self._changed:
             self._wanted = [wanted for wanted in self._wanted if wanted != name]

@@ -97,7 +97,7 @@ class RemoteFiles:
                     return held.path
             with self._lock:
                 self._waiting.pop(name, None)
-            self._ahead.take(name)
+            self._ahead.claim(name)
             self._keep(name, self._get(name))
 
     def ahead(self, names: Sequence[str]) -> None:
