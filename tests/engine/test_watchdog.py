@@ -47,8 +47,8 @@ class _Rescue:
 
 
 def _verdict(folder: Path) -> dict:
-    [path] = (folder / "faults").glob("*/verdict-*.json")
-    return json.loads(path.read_text())
+    """What the lowest rank concluded that tells: where rank 0 is at fault, each side may."""
+    return json.loads(min((folder / "faults").glob("*/verdict-*.json")).read_text())
 
 
 def _ends(ranks: Living, rank: int, within: float) -> float:
