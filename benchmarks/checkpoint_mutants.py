@@ -1,13 +1,4 @@
-"""Broken checkpoints: accidents of bytes, and nonsense that bears the right digests; each a function of (seed, number).
-
-What was done to a checkpoint says what may follow:
-
-    damage      bytes differ from what was saved: it must be noticed, or what is read must be what was saved
-    nonsense    contents that contradict each other or the format, digests made right again: it must be noticed
-    unfinished  a save that was cut off, and then damaged: as damage, but nothing need be told, since it was never committed
-    escape      it points at a file outside its folder: it must be noticed
-    forgery     another consistent content with the right digests: nothing can notice it, but nothing may break
-"""
+"""Broken checkpoints: accidents of bytes, and nonsense that bears the right digests; each a function of (seed, number)."""
 
 import json
 import os
@@ -16,28 +7,15 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import xxhash
+from benchmarks.checkpoint_scene import DAMAGE, ESCAPE, FORGERY, NONSENSE, UNFINISHED, Scene, reheader, reseal, sealed, sized
 
-DAMAGE, UNFINISHED, NONSENSE, ESCAPE, FORGERY = "damage", "unfinished", "nonsense", "escape", "forgery"
 CANARY = "canary"
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2.5, 10**9, 2**63, 10**30, -(2**70), 1e308),
     *("", "x", "..", "6", "x" * 10_000, "a\0b", [], {}, [[]], [None], [-1], {"a": 1}, [2**62, 2**62], {"": {}}),
 )
-
-
-class Scene(NamedTuple):
-    """A checkpoint to be broken: its folder, and folders of an older one of its run and of another run's."""
-
-    folder: Path
-    older: Path
-    stranger: Path
-
-    def shares(self) -> list[Path]:
-        """The ranks' files."""
-        return sorted(self.folder.glob("rank-*.safetensors"))
 
 
 class _Pickled:
@@ -144,13 +122,13 @@ def link_out(chance: random.Random, scene: Scene) -> str:
 def pickled(chance: random.Random, scene: Scene) -> str:
     """A pickle that calls itself a share, digest and all."""
     chance.choice(scene.shares()).write_bytes(pickle.dumps({"weights": _Pickled()}))
-    _reseal(scene, lambda raw: None)
+    reseal(scene, lambda raw: None)
     return NONSENSE
 
 
 def edit_value(chance: random.Random, scene: Scene) -> str:
     """Any value of the manifest, of any type."""
-    return _reseal(scene, lambda raw: _set(chance, raw, chance.choice(_VALUES)), FORGERY)
+    return reseal(scene, lambda raw: _set(chance, raw, chance.choice(_VALUES)), FORGERY)
 
 
 def drop_key(chance: random.Random, scene: Scene) -> str:
@@ -160,12 +138,12 @@ def drop_key(chance: random.Random, scene: Scene) -> str:
         section, key = _place(chance, raw)
         del section[key]
 
-    return _reseal(scene, drop, FORGERY)
+    return reseal(scene, drop, FORGERY)
 
 
 def add_key(chance: random.Random, scene: Scene) -> str:
     """A key too many."""
-    return _reseal(scene, lambda raw: raw.update({chance.choice(("extra", "Files", "")): chance.choice(_VALUES)}), NONSENSE)
+    return reseal(scene, lambda raw: raw.update({chance.choice(("extra", "Files", "")): chance.choice(_VALUES)}), NONSENSE)
 
 
 def point_outside(chance: random.Random, scene: Scene) -> str:
@@ -178,7 +156,7 @@ def point_outside(chance: random.Random, scene: Scene) -> str:
     def point(raw: Any) -> None:
         raw["files"][chance.choice(names)] = raw["files"].pop(share.name)
 
-    return _reseal(scene, point, ESCAPE)
+    return reseal(scene, point, ESCAPE)
 
 
 def misshape(chance: random.Random, scene: Scene) -> str:
@@ -194,7 +172,7 @@ def misshape(chance: random.Random, scene: Scene) -> str:
             others.append(shape[::-1])
         raw["shapes"][name] = chance.choice(others)
 
-    return _reseal(scene, change, NONSENSE)
+    return reseal(scene, change, NONSENSE)
 
 
 def rename_state(chance: random.Random, scene: Scene) -> str:
@@ -212,7 +190,7 @@ def rename_state(chance: random.Random, scene: Scene) -> str:
         else:
             del raw["shapes"][chance.choice(sorted(raw["shapes"]))]
 
-    return _reseal(scene, change, NONSENSE)
+    return reseal(scene, change, NONSENSE)
 
 
 def edit_header(chance: random.Random, scene: Scene) -> str:
@@ -223,7 +201,7 @@ def edit_header(chance: random.Random, scene: Scene) -> str:
         name = chance.choice(sorted(header))
         header[name][chance.choice(("dtype", "shape", "data_offsets"))] = chance.choice(values)
 
-    return _reheader(chance, scene, change)
+    return reheader(chance, scene, change)
 
 
 def rename_slice(chance: random.Random, scene: Scene) -> str:
@@ -243,7 +221,7 @@ def rename_slice(chance: random.Random, scene: Scene) -> str:
         ]
         header[chance.choice(names)] = header.pop(name)
 
-    return _reheader(chance, scene, change)
+    return reheader(chance, scene, change)
 
 
 def overlap(chance: random.Random, scene: Scene) -> str:
@@ -257,7 +235,7 @@ def overlap(chance: random.Random, scene: Scene) -> str:
         else:
             header[f"{parameter}|{state}|{int(start) + chance.choice((1, 3, 10**9))}"] = header[name]
 
-    return _reheader(chance, scene, change)
+    return reheader(chance, scene, change)
 
 
 def wild_header(chance: random.Random, scene: Scene) -> str:
@@ -266,22 +244,22 @@ def wild_header(chance: random.Random, scene: Scene) -> str:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length], content[8 + length :]
-    twice = _sized(b"{" + header[1:].rstrip()[:-1] + b"," + header[1:].rstrip()[:-1] + b"}")
+    twice = sized(b"{" + header[1:].rstrip()[:-1] + b"," + header[1:].rstrip()[:-1] + b"}")
     wild = chance.choice(
         (
             (2**63).to_bytes(8, "little") + header,
             (length + 10**7).to_bytes(8, "little") + header,
             (0).to_bytes(8, "little") + header,
-            _sized(b"[" * 100_000),
-            _sized(b'{"a":' * 50_000),
-            _sized(b"\xff\xfe" * 50),
+            sized(b"[" * 100_000),
+            sized(b'{"a":' * 50_000),
+            sized(b"\xff\xfe" * 50),
             twice,
-            _sized(header.replace(b"F32", b"F64", 1)),
-            _sized(b'{"__metadata__":{"a":1},' + header[1:]),
+            sized(header.replace(b"F32", b"F64", 1)),
+            sized(b'{"__metadata__":{"a":1},' + header[1:]),
         )
     )
     path.write_bytes(wild + data)
-    _reseal(scene, lambda raw: None)
+    reseal(scene, lambda raw: None)
     return FORGERY if wild is twice else NONSENSE  # the same twice is as good as once
 
 
@@ -295,7 +273,7 @@ def swap_slices(chance: random.Random, scene: Scene) -> str:
         one, other = chance.sample(chance.choice([names for names in by_shape.values() if len(names) > 1]), 2)
         header[one], header[other] = header[other], header[one]
 
-    _reheader(chance, scene, change)
+    reheader(chance, scene, change)
     return FORGERY
 
 
@@ -327,9 +305,9 @@ def cut_off(chance: random.Random, scene: Scene) -> str:
     partial = scene.folder.with_suffix(".tmp")
     os.rename(scene.folder, partial)
     (partial / "manifest.json").unlink()
-    (partial / "plan.json").write_text(_sealed(raw))
+    (partial / "plan.json").write_text(sealed(raw))
     for name, share in files.items():
-        (partial / name).with_suffix(".json").write_text(_sealed({"share": share}))
+        (partial / name).with_suffix(".json").write_text(sealed({"share": share}))
     damaged = scene._replace(folder=partial)
     chance.choice((flip, truncate, append, lose, zero_block, from_elsewhere, exchange))(chance, damaged)
     return UNFINISHED
@@ -354,34 +332,3 @@ def _place(chance: random.Random, raw: Any) -> tuple[Any, Any]:
 def _set(chance: random.Random, raw: Any, value: Any) -> None:
     section, key = _place(chance, raw)
     section[key] = value
-
-
-def _sealed(raw: dict[str, Any]) -> str:
-    return json.dumps({**raw, "xxh3": xxhash.xxh3_128_hexdigest(json.dumps(raw, sort_keys=True).encode())})
-
-
-def _reseal(scene: Scene, change: Callable[[Any], object], kind: str = NONSENSE) -> str:
-    """Changes the manifest and makes every digest right again."""
-    path = scene.folder / "manifest.json"
-    raw = json.loads(path.read_text())
-    del raw["xxh3"]
-    for share in scene.shares():
-        content = share.read_bytes()
-        raw["files"][share.name] = {"bytes": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
-    change(raw)
-    path.write_text(_sealed(raw))
-    return kind
-
-
-def _reheader(chance: random.Random, scene: Scene, change: Callable[[dict[str, Any]], object]) -> str:
-    path = chance.choice(scene.shares())
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    path.write_bytes(_sized(json.dumps(header).encode()) + content[8 + length :])
-    return _reseal(scene, lambda raw: None)
-
-
-def _sized(header: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header

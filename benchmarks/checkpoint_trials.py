@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.checkpoint_mutants import CANARY, DAMAGE, FORGERY, UNFINISHED, Scene, break_checkpoint
+from benchmarks.checkpoint_mutants import CANARY, break_checkpoint
+from benchmarks.checkpoint_scene import DAMAGE, FORGERY, UNFINISHED, Scene
 from fasttrain.checkpoint import Checkpoints, Manifest, newest_sound, read_weights
 from fasttrain.config import parse_config
 from fasttrain.data.prepare.digits import prepare_digits

@@ -1,7 +1,6 @@
 """Wrong configs: the repository's own, broken in structure, in text, and on the command line; each a function of (seed, number)."""
 
 import copy
-import datetime
 import math
 import random
 import string
@@ -11,143 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-CANARY = "canary"
-_EXECUTING = (
-    f"__import__('os').system('touch {CANARY}')",
-    f"$(touch {CANARY})",
-    f"`touch {CANARY}`",
-    f"; touch {CANARY}",
-    f"pipe:touch {CANARY}",
-    f"!!python/object/apply:os.system ['touch {CANARY}']",
-    f"{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}; touch {CANARY}",
-)
-_PATHS = (
-    "/etc/passwd",
-    "/dev/zero",
-    "/dev/null/x",
-    "/proc/self/mem",
-    "..",
-    ".",
-    "/",
-    "~",
-    "a\0b",
-    "configs/deepspeed",
-    "x" * 5000,
-    "é\u202e",
-)
-_VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 3.5, -0.5, 1e-300, 1e308, math.inf, -math.inf, math.nan),
-    *(10**9, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(10**400)),
-    *("", " ", "x" * 50_000, "\x1b[31mred", "nan", "1e-4", "0x10", "1_000", "yes", "null", "auto", "cuda", "reference", "1,2", "[]"),
-    *([], {}, [[]], [1, 2, 3], [None], ["a", {"b": []}], {"name": "x"}, {"name": ["cosine"]}, {"a": {"b": {}}}, {1: 2}, {None: None}),
-    *(datetime.date(2020, 1, 1), b"\xff\xfe", {"a", "b"}, [0.9] * 1000, {str(i): i for i in range(500)}),
-    *_EXECUTING,
-    *_PATHS,
-)
-_KEYS: tuple[Any, ...] = (
-    "",
-    "name",
-    "train",
-    "stage",
-    "zero_optimization",
-    "__class__",
-    "model_config",
-    "x" * 3000,
-    "a\nb",
-    1,
-    None,
-    True,
-    2.5,
-    (1, 2),
-)
-_COMPONENTS = (
-    "vit",
-    "dit",
-    "vit-b/2",
-    "dit-tiny",
-    "cosine",
-    "linear",
-    "scaled_linear",
-    "x0",
-    "eps",
-    "v",
-    "min_snr",
-    "snr",
-    "const",
-    "uniform",
-)
-_ZERO_KEYS = (
-    "stage",
-    "offload_optimizer",
-    "offload_param",
-    "reduce_bucket_size",
-    "overlap_comm",
-    "sub_group_size",
-    "stage3_prefetch_bucket_size",
-)
-_OWNED = ("train_batch_size", "optimizer", "fp16", "bf16", "comms_logger", "communication_data_type", "prescale_gradients", "elasticity")
-_OPERATIONS = ("default", "adaln", "uniform", "adamw_ema", "noising", "adalm", "")
-_WHOLE = (
-    *("seed", "data.held_out", "data.streams", "data.window_shards", "data.threads", "data.ahead", "data.size", "training.steps"),
-    *("training.global_batch", "training.micro_batch", "training.max_skipped", "training.checksum_every", "checkpoint.every"),
-    *("checkpoint.keep_last", "checkpoint.keep_every", "sampling.every", "sampling.count", "sampling.steps", "log.every"),
-    *("log.held_out_every", "log.timestep_ranges", "optimizer.warmup_steps", "model.depth", "model.width", "model.heads", "model.patch"),
-    *("model.num_classes", "model.channels", "model.input_size", "model.num_timesteps", "diffusion.schedule.num_timesteps"),
-)
-_REAL = (
-    *("training.clip", "training.timeout_seconds", "checkpoint.retry_seconds", "optimizer.learning_rate", "optimizer.eps"),
-    *("optimizer.weight_decay", "diffusion.label_drop", "sampling.guidance", "log.spike", "data.max_damaged", "data.cache_gib"),
-    *("data.retry_seconds", "diffusion.weighting.gamma", "diffusion.schedule.num_timesteps"),
-)
-_WORDS = {
-    "attention": ("auto", "flash", "math", "flash_attn_4", "none"),
-    "training.precision": ("bf16", "fp32", "fp16"),
-    "training.compile": (True, False, "yes", 2),
-    "data.normalise": ("channel", "vae", "none"),
-    "data.vae": ("stabilityai/sd-vae-ft-mse", "sd-vae-ft-mse", "other", "/"),
-    "optimizer.decay": ("constant", "cosine", "linear", "step"),
-    "optimizer.ema": (
-        [],
-        [{"half_life": 1}],
-        [{"half_life": 1e300, "ramp": None}] * 3,
-        [{"half_life": 0}],
-        [{"half_life": 5, "ramp": 1e-300}],
-    ),
-    "optimizer.betas": ([0, 0], [0.9, 0.999], [1, 1], [0.5], [0.1, 0.2, 0.3], "0.9"),
-    "optimizer.implementation": ("fasttrain", "torch", "apex", "deepspeed", "adam"),
-    "diffusion.prediction": ("x0", "eps", "v", "flow"),
-    "diffusion.weighting": ("const", "snr", "min_snr", "max_snr", "soft_min_snr", "min-snr"),
-    "diffusion.schedule": (
-        "cosine",
-        "linear",
-        "scaled_linear",
-        {"name": "linear", "zero_terminal": True},
-        {"name": "cosine", "num_timesteps": 2},
-    ),
-    "run_dir": (".", "a/b/c", "..", "", "x" * 300, "a\0b", "\n", "run dir", "run.yaml", "run.yaml/x", "/dev/null/x"),
-    "deepspeed": tuple(f"configs/deepspeed/zero{stage}.json" for stage in range(5)),
-}
-_LINES = (
-    f"x: !!python/object/apply:os.system ['touch {CANARY}']",
-    f"x: !!python/object/new:os.system ['touch {CANARY}']",
-    "x: !!python/name:os.system",
-    "x: &a [*a]",
-    "a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + "".join(f"{d}: &{d} [{','.join(['*' + c] * 9)}]\n" for c, d in zip("abcdefgh", "bcdefghi", strict=True)),
-    *(
-        "<<: 3",
-        "? [a, b]\n: c",
-        "--- 2",
-        "%YAML 9.9",
-        "x: !!set {a, b}",
-        "x: !!binary /w==",
-        "x: 2020-13-45",
-        "x: 0x_",
-        "x: !!bool z",
-        "\tx: 1",
-    ),
-    *("[" * 3000, "x: " + "{a: " * 2000, "x: *nobody", "x: |\n y", "model: dit-tiny", "seed: 1\nseed: 2", "training: {steps: 1, steps: 2}"),
-)
+from benchmarks.config_vocabulary import COMPONENTS, KEYS, LINES, OPERATIONS, OWNED, REAL, VALUES, WHOLE, WORDS, ZERO_KEYS
 
 
 class Mutant(NamedTuple):
@@ -195,7 +58,7 @@ def _place(chance: random.Random, raw: Any) -> tuple[Any, Any, str]:
 def replace(chance: random.Random, raw: Any) -> str:
     """Another value, of any type and size."""
     section, key, where = _place(chance, raw)
-    section[key] = copy.deepcopy(chance.choice(_VALUES))
+    section[key] = copy.deepcopy(chance.choice(VALUES))
     return where
 
 
@@ -203,7 +66,7 @@ def known(chance: random.Random, raw: Any) -> str:
     """A key that there is, with a value of its type: usual, at a bound, or far beyond."""
     small, large = (0, 1, 2, 3, 4, 6, 8, 16, 100, 255, 256, 1000, 4096), (-1, 10**6, 10**9, 2**31, 2**63 - 1, 2**63, 10**18)
     real = (0.0, 1.0, 0.5, 2.5, 1e-8, 1e-300, 5e-324, 1e7, 1.1e7, 1e300, -0.0, -1.0, math.inf, math.nan)
-    choices = {**dict.fromkeys(_WHOLE, small + small + large), **dict.fromkeys(_REAL, real), **_WORDS}
+    choices = {**dict.fromkeys(WHOLE, small + small + large), **dict.fromkeys(REAL, real), **WORDS}
     where = chance.choice(list(choices))
     *parents, key = where.split(".")
     section = raw
@@ -244,7 +107,7 @@ def rename(chance: random.Random, raw: Any) -> str:
     """A key that stands for something else, or no text at all."""
     section, key, where = _place(chance, raw)
     if isinstance(section, dict):
-        section[chance.choice(_KEYS)] = section.pop(key)
+        section[chance.choice(KEYS)] = section.pop(key)
     return where
 
 
@@ -252,7 +115,7 @@ def add(chance: random.Random, raw: Any) -> str:
     """A key that nobody asked for."""
     section, _, where = _place(chance, raw)
     if isinstance(section, dict):
-        section[chance.choice(_KEYS)] = copy.deepcopy(chance.choice(_VALUES))
+        section[chance.choice(KEYS)] = copy.deepcopy(chance.choice(VALUES))
     return where
 
 
@@ -283,7 +146,7 @@ def component(chance: random.Random, raw: Any) -> str:
         parameter = chance.choice(
             ("gamma", "depth", "width", "heads", "patch", "num_timesteps", "zero_terminal", "rotary", "qk_norm", "norm")
         )
-        section[key] = {"name": chance.choice(_COMPONENTS), parameter: copy.deepcopy(chance.choice(_VALUES))}
+        section[key] = {"name": chance.choice(COMPONENTS), parameter: copy.deepcopy(chance.choice(VALUES))}
     return where
 
 
@@ -291,7 +154,7 @@ def kernels(chance: random.Random, raw: Any) -> str:
     """Implementations, operation by operation."""
     values = ("auto", "reference", "triton", "cuda", None, 3, ["auto"], {})
     raw["kernels"] = (
-        {chance.choice(_OPERATIONS): chance.choice(values) for _ in range(3)} if chance.random() < 0.7 else chance.choice(values)
+        {chance.choice(OPERATIONS): chance.choice(values) for _ in range(3)} if chance.random() < 0.7 else chance.choice(values)
     )
     return "kernels"
 
@@ -299,16 +162,16 @@ def kernels(chance: random.Random, raw: Any) -> str:
 def zero_settings(chance: random.Random, raw: Any) -> str:
     """DeepSpeed's own settings, right and wrong."""
     zero: Any = {
-        key: copy.deepcopy(chance.choice((*_VALUES, True, 5e8, 1, 2, 3))) for key in chance.sample(_ZERO_KEYS, chance.choice((1, 2)))
+        key: copy.deepcopy(chance.choice((*VALUES, True, 5e8, 1, 2, 3))) for key in chance.sample(ZERO_KEYS, chance.choice((1, 2)))
     }
     if chance.random() < 0.3:
         zero["offload_optimizer"] = {
             "device": chance.choice(("cpu", "none", "nvme", None, [])),
-            chance.choice(("pin_memory", "x")): chance.choice(_VALUES),
+            chance.choice(("pin_memory", "x")): chance.choice(VALUES),
         }
     raw["deepspeed"] = {"zero_optimization": zero}
     if chance.random() < 0.4:
-        raw["deepspeed"][chance.choice(_OWNED)] = copy.deepcopy(chance.choice(_VALUES))
+        raw["deepspeed"][chance.choice(OWNED)] = copy.deepcopy(chance.choice(VALUES))
     return "deepspeed"
 
 
@@ -374,7 +237,7 @@ def swap_lines(chance: random.Random, text: bytes) -> bytes:
 def add_line(chance: random.Random, text: bytes) -> bytes:
     """Tags, bombs, endless nesting, second documents."""
     lines = text.split(b"\n")
-    lines.insert(chance.randrange(len(lines) + 1), chance.choice(_LINES).encode())
+    lines.insert(chance.randrange(len(lines) + 1), chance.choice(LINES).encode())
     return b"\n".join(lines)
 
 
@@ -404,7 +267,7 @@ def _override(chance: random.Random, raw: Any) -> str:
     if chance.random() < 0.3:
         return chance.choice(wrong)
     path = _place(chance, raw)[2]
-    value = chance.choice(_VALUES)
+    value = chance.choice(VALUES)
     text = value if isinstance(value, str) and chance.random() < 0.5 else yaml.safe_dump(value, default_flow_style=True).strip()
     return f"{path}={text}"
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.config_mutants import CANARY, Mutant, mutant
+from benchmarks.config_mutants import Mutant, mutant
+from benchmarks.config_vocabulary import CANARY
 from fasttrain.config import RunConfig, load_config, parse_config
 from fasttrain.data.index import read_index
 from fasttrain.dry_run import dry_run

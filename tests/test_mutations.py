@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.config_mutants import CANARY
+from benchmarks.config_vocabulary import CANARY
 from benchmarks.mutations import checkpoint_trials, config_trials
 from benchmarks.trials import FAULT, Limits, Trial, run_trials
 

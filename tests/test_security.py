@@ -20,7 +20,8 @@ import pytest
 import xxhash
 import yaml
 
-from benchmarks.checkpoint_mutants import Scene, pickled
+from benchmarks.checkpoint_mutants import pickled
+from benchmarks.checkpoint_scene import Scene
 from tests.commands import fasttrain
 from tests.runs import plain_config
 from tests.test_architecture import ROOT, SOURCES
