@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.environment import environment, results_folder
 from benchmarks.loader import spread
-from benchmarks.tables import checkpoint_rows
+from benchmarks.tables import checkpoint_rows, show
 from benchmarks.whole_file import write_json
 from fasttrain.checkpoint import Manifest
 from fasttrain.data.prepare.digits import prepare_digits
@@ -123,12 +121,7 @@ def report(results: list[dict[str, Any]], rounds: int) -> None:
     settings["rounds"] = rounds
     result = {"benchmark": "checkpoint", "environment": environment(CPU), "settings": settings, "results": results}
     head, rows = checkpoint_rows(result)
-    table = Table(title=f"what a checkpoint of ViT-B costs training, ZeRO 1: median (min to max) of {rounds} rounds")
-    for column in head:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    show(head, rows, f"what a checkpoint of ViT-B costs training, ZeRO 1: median (min to max) of {rounds} rounds")
     write_json(RESULT, result)
 
 

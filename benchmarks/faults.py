@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks import kill_trials, machine_trials, stop_trials
+from benchmarks import kill_trials, machine_trials, stop_trials, tables
 from benchmarks.environment import environment, results_folder
 from benchmarks.fault_runs import Outcome, Setting
 from benchmarks.fault_tables import faults_rows, kills_rows
@@ -82,12 +80,7 @@ def measured(outcomes: list[Outcome], seed: int) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The tables on the screen."""
     for head, rows in (made for made in (kills_rows(result), faults_rows(result)) if made[1]):
-        table = Table()
-        for column in head:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        tables.show(head, rows)
 
 
 if __name__ == "__main__":

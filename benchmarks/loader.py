@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import node
 from benchmarks.environment import environment, results_folder
+from benchmarks.tables import WAIT_COLUMNS, show
 from benchmarks.whole_file import write_json
 from fasttrain.data.index import Source, VaeRecord
 from fasttrain.data.loader import Loader
@@ -143,21 +142,16 @@ def report(rounds: Sequence[dict[str, dict[str, float]]], waits: dict[str, dict[
     by = {clock: {name: spread([each[name][clock] for each in rounds]) for name in rounds[0]} for clock in ("second", "cpu_second")}
     ratios = {clock: spread([each["fasttrain"][clock] / each["webdataset"][clock] for each in rounds]) for clock in by}
     sample_bytes = int(np.prod(SHAPE)) * 2
-    table = Table(title=f"one core, 8 KiB samples, batches of {BATCH}: median (min to max) of {len(rounds)} alternating rounds")
-    for column in ("", "samples a second", "a second of its own CPU time", "GB/s", "GB a CPU second"):
-        table.add_column(column, justify="right")
+    rows = []
     for name in rounds[0]:
         rates = [by[clock][name] for clock in by]
         told = [f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})" for rate in rates]
-        table.add_row(name, *told, *(f"{rate['median'] * sample_bytes / 1e9:.2f}" for rate in rates))
-    table.add_row("ratio", *(f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})" for ratio in ratios.values()), "", "")
-    Console().print(table)
-    told = Table(title=f"a node of {node.RANKS} readers, steps of {node.STEP} s: its wait a step, in ms")
-    for column in ("", "median", "p99", "max", "stall"):
-        told.add_column(column, justify="right")
-    for name, each in waits.items():
-        told.add_row(name, *(f"{each[key]:.1f}" for key in ("median_ms", "p99_ms", "max_ms")), f"{each['stall_share']:.2%}")
-    Console().print(told)
+        rows.append([name, *told, *(f"{rate['median'] * sample_bytes / 1e9:.2f}" for rate in rates)])
+    rows.append(["ratio", *(f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})" for ratio in ratios.values()), "", ""])
+    head = ["", "samples a second", "a second of its own CPU time", "GB/s", "GB a CPU second"]
+    show(head, rows, f"one core, 8 KiB samples, batches of {BATCH}: median (min to max) of {len(rounds)} alternating rounds")
+    told = [[name, *(f"{each[key]:.1f}" for key in WAIT_COLUMNS), f"{each['stall_share']:.2%}"] for name, each in waits.items()]
+    show(["", *WAIT_COLUMNS.values(), "stall"], told, f"a node of {node.RANKS} readers, steps of {node.STEP} s: its wait a step")
     result = {
         "benchmark": "loader",
         "environment": {**environment(CPU), "cores_used": 1},

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from benchmarks.plots import first_sizes
 
 Result = dict[str, Any]
@@ -147,6 +150,16 @@ def _tests(device: str, result: Result) -> list[str]:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def show(head: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """A table on the screen: names to the left, figures to the right."""
+    shown = Table(title=title)
+    for number, column in enumerate(head):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
 
 
 def _by_gpu(results: Path, name: str, told: Callable[[str, Result], list[str]]) -> str:

@@ -29,9 +29,8 @@ from typing import IO, Any
 import psutil
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks import tables
 from benchmarks.environment import environment, results_folder
 from benchmarks.fault_runs import RANKS
 from benchmarks.fault_tables import useful_rows
@@ -239,12 +238,7 @@ def write_config(folder: Path, shards: Path, steps: int, batch: int) -> Path:
 def show(result: dict[str, Any]) -> None:
     """The table on the screen."""
     head, rows = useful_rows(result)
-    table = Table()
-    for column in head:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    tables.show(head, rows)
 
 
 def main() -> int:

@@ -153,13 +153,11 @@ def test_kubernetes_each_pod_starts_deepspeed_with_its_own_number(tmp_path: Path
     said = tmp_path / "fasttrain"
     said.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     said.chmod(0o755)
-    hosts = tmp_path / "hosts"
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "m-0", "MASTER_PORT": "23456"}
-    done = subprocess.run(
-        ["bash", "-c", script.replace("/tmp/hosts", str(hosts))], env=environment, capture_output=True, text=True, check=True
-    )
-    assert hosts.read_text() == "pod-0 slots=8\npod-1 slots=8\n"
+    operator = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "m-0", "MASTER_PORT": "23456"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path), **operator}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     words = done.stdout.split()
+    assert Path(words[words.index("--hostfile") + 1]).read_text() == "pod-0 slots=8\npod-1 slots=8\n"
     assert words[:3] == ["supervise", "--", "deepspeed"]
     assert words[words.index("--node_rank") + 1] == "1"
     assert words[words.index("--master_addr") + 1] == "m-0"

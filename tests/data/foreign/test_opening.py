@@ -133,11 +133,12 @@ def test_a_sample_that_is_not_whole_is_counted(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_pickles_are_never_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    bomb = b"cos\nsystem\n(S'touch /tmp/fasttrain-was-here'\ntR."
+    canary = tmp_path / "was-here"
+    bomb = f"cos\nsystem\n(S'touch {canary}'\ntR.".encode()
     members = [(f"000000000.{ending}", bomb) for ending in ("pkl", "pyd", "pth", "pickle", "pt", "npz")]
     found, told = _told(tmp_path, [*sample(0), *members], caplog)
     assert found == [0] and "members not used, and never opened: pkl (1)" in told
-    assert not Path("/tmp/fasttrain-was-here").exists()
+    assert not canary.exists()
     objects = io.BytesIO()
     np.save(objects, np.array([{}], object), allow_pickle=True)
     write_tar(tmp_path / "b.tar", [*sample(0), ("1.npy", objects.getvalue()), ("1.cls", b"1")])
