@@ -1,6 +1,6 @@
 """Useful time: the share of a run's hours that its final weights are made of, when a rank is killed every 100 steps and every 10 are saved.
 
-    python -m benchmarks.useful_time [--steps 300] [--kill-every 100] [--protocol after-save|uniform ...] [--launcher deepspeed]
+    python -m benchmarks.useful_time [--steps 300] [--kill-every 100] [--batch 160] [--protocol after-save|uniform ...] [--launcher deepspeed]
 
 A run on two ranks under `fasttrain supervise -- deepspeed ...`, with SIGKILL to a random rank: in the step after a save (`after-save`), or
 in a step drawn uniformly from each stretch (`uniform`: half of what lies between two saves is done again on average).
@@ -174,7 +174,7 @@ def measure(protocol: str, launcher: str, config: Path, steps: int, kill_every: 
     run = Supervised.start(launcher, config)
     try:
         first = run.wait_for(r"^step 1/", PATIENCE)
-        for before in range(0, steps, kill_every):
+        for before in range(0, steps - kill_every + 1, kill_every):
             at = before + (kill_every - EVERY if protocol == "after-save" else chance.randint(2, kill_every - 2))
             lost.append(kill(run, at, chance))
             print(f"{protocol}, {launcher}: {lost[-1]}", flush=True)
@@ -252,6 +252,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if not EVERY < args.kill_every <= args.steps:
+        parser.error(f"--kill-every must lie between {EVERY}, the steps between saves, and --steps, so that there is a kill to measure")
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         shards = Path(scratch) / "digits"
