@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.capture import captured
 from benchmarks.networks import batch_of
+from fasttrain.cond import Cond
 from fasttrain.models import Transformer
 
 FLOOR = 2e-3
@@ -26,24 +27,25 @@ class Probe:
 
     x_t: Tensor
     t: Tensor
-    labels: Tensor
+    cond: Cond
     target: Tensor
 
     @classmethod
     def of(cls, config: Transformer, batch: int, device: torch.device) -> "Probe":
         """Halfway between data and noise, at timesteps from all of the schedule."""
-        x0, labels, _ = batch_of(config, batch, device, seed=7)
+        x0, cond, _ = batch_of(config, batch, device, seed=7)
         eps = torch.randn(x0.shape, generator=torch.Generator(device).manual_seed(8), device=device)
         t = torch.arange(batch, device=device) * 997 % 1000
-        return cls((x0 + eps).mul(0.5**0.5).bfloat16(), t, labels, (eps - x0) * 0.5**0.5)
+        return cls((x0 + eps).mul(0.5**0.5).bfloat16(), t, cond, (eps - x0) * 0.5**0.5)
 
     def part(self, first: int, count: int) -> "Probe":
         """Some of its images."""
-        return Probe(*(t[first : first + count] for t in (self.x_t, self.t, self.labels, self.target)))
+        some = slice(first, first + count)
+        return Probe(self.x_t[some], self.t[some], self.cond[some], self.target[some])
 
     def loss(self, model: Any) -> Tensor:
         """Mean squared error of the prediction."""
-        return (model(self.x_t, self.t, self.labels).float() - self.target).square().mean()
+        return (model(self.x_t, self.t, self.cond).float() - self.target).square().mean()
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,14 @@ def _through_deepspeed(
     )
     optimizer = settings.build(p for p in network.parameters() if p.requires_grad)
     engine = build_engine(network, optimizer, SETTINGS, micro_batch=batch, accumulation_steps=1, precision="bf16", clip=None)
-    objective, (x0, labels, position) = our_objective(config, OURS, device), batch_of(config, batch, device)
+    objective, (x0, cond, position) = our_objective(config, OURS, device), batch_of(config, batch, device)
     done = [0]
 
     def step() -> Tensor:
         done[0] += 1
         optimizer.begin(Clock(done[0], done[0] * batch, batch), LR)
         position.add_(batch)
-        loss = objective(engine, x0, labels, position)
+        loss = objective(engine, x0, cond, position)
         engine.backward(loss)
         engine.step()
         return loss.detach()

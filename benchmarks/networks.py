@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fasttrain_kernels.dispatch import Kernels
 from torch import Tensor, nn
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.objective import Objective, target_weight
 from fasttrain.diffusion.prediction import V
 from fasttrain.diffusion.schedule import Cosine
@@ -26,7 +27,7 @@ LABEL_DROP = 0.1
 
 REFERENCE = Kernels("reference")
 LossOf = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-"""(model, x0, labels, position) -> the loss of a micro-batch."""
+"""(model, x0, cond, position) -> the loss of a micro-batch."""
 
 
 def config_of(preset: str, **geometry: Any) -> Transformer:
@@ -42,13 +43,13 @@ def our_objective(config: Transformer, kernels: Kernels, device: torch.device) -
         MinSnr(),
         Stratified(),
         label_drop=LABEL_DROP,
-        null_label=config.null_label,
+        nothing=Nothing(config.null_label),
         seed=torch.tensor(11, device=device),
         kernels=kernels,
     )
 
-    def loss(model: Any, x0: Tensor, labels: Tensor, position: Tensor) -> Tensor:
-        return objective(model, x0, labels, position, dtype=torch.bfloat16).loss
+    def loss(model: Any, x0: Tensor, cond: Cond, position: Tensor) -> Tensor:
+        return objective(model, x0, cond, position, dtype=torch.bfloat16).loss
 
     return loss
 
@@ -60,25 +61,25 @@ def plain_objective(config: Transformer, device: torch.device) -> LossOf:
     weight = target_weight(MinSnr(), V(), alpha, sigma)
     tables = torch.stack([alpha, sigma, weight]).float().to(device)
 
-    def loss(model: Any, x0: Tensor, labels: Tensor, position: Tensor) -> Tensor:
+    def loss(model: Any, x0: Tensor, cond: Cond, position: Tensor) -> Tensor:
         t = torch.randint(tables.shape[1], (x0.shape[0],), device=device)
         alpha, sigma, weight = tables[:, t].unbind()
-        labels = torch.where(torch.rand(x0.shape[0], device=device) < LABEL_DROP, config.null_label, labels)
+        labels = torch.where(torch.rand(x0.shape[0], device=device) < LABEL_DROP, config.null_label, cond.labels)
         eps = torch.randn_like(x0)
         a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-        pred = model((a * x0 + s * eps).bfloat16(), t, labels)
+        pred = model((a * x0 + s * eps).bfloat16(), t, Cond(labels))
         return (weight * (pred.float() - (a * eps - s * x0)).square().flatten(1).mean(1)).mean()
 
     return loss
 
 
-def batch_of(config: Transformer, size: int, device: torch.device, seed: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (x0, labels, position): what is in an image does not change how long it takes."""
+def batch_of(config: Transformer, size: int, device: torch.device, seed: int = 5) -> tuple[Tensor, Cond, Tensor]:
+    """Random (x0, classes, position): what is in an image does not change how long it takes."""
     generator = torch.Generator(device).manual_seed(seed)
     channels, side, classes = config.geometry()
     x0 = torch.randn(size, channels, side, side, generator=generator, device=device)
     labels = torch.randint(classes, (size,), generator=generator, device=device)
-    return x0, labels, torch.arange(size, device=device)
+    return x0, Cond(labels), torch.arange(size, device=device)
 
 
 @torch.no_grad()

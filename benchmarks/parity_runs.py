@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.networks import build_network, config_of, wake
+from fasttrain.cond import Cond
 from fasttrain.diffusion.objective import Objective
 from fasttrain.diffusion.prediction import V
 from fasttrain.diffusion.schedule import Cosine
@@ -66,13 +67,13 @@ class Digits:
         self._labels = torch.from_numpy(digits.target).long()
         self._order = torch.from_numpy(np.random.default_rng(0).permutation(len(self._labels)))
 
-    def batch(self, step: int, variant: Variant, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """(images [B, 1, 8, 8], labels [B], position [B]) of step 0, 1, ..."""
+    def batch(self, step: int, variant: Variant, device: torch.device) -> tuple[Tensor, Cond, Tensor]:
+        """(images [B, 1, 8, 8], classes, position [B]) of step 0, 1, ..."""
         position = torch.arange(step * BATCH, (step + 1) * BATCH)
         position = position.flip(0) if variant.reversed_batch else position
         chosen = self._order[position % len(self._order)]
         wide = torch.float64 if variant.dtype == torch.float64 else torch.float32
-        return self._images[chosen].to(device, wide), self._labels[chosen].to(device), position.to(device)
+        return self._images[chosen].to(device, wide), Cond(self._labels[chosen].to(device)), position.to(device)
 
 
 def posterior(images: Tensor) -> Posterior:
@@ -100,8 +101,8 @@ def train(model: str, variant: Variant, steps: int, device: torch.device) -> Out
     averages = [m.clone() for m in masters]
     losses = []
     for step in range(steps):
-        images, labels, position = digits.batch(step, variant, device)
-        loss = objective(network, posterior(images) if model == "dit" else images, labels, position, dtype=variant.dtype).loss
+        images, cond, position = digits.batch(step, variant, device)
+        loss = objective(network, posterior(images) if model == "dit" else images, cond, position, dtype=variant.dtype).loss
         grads = list(torch.autograd.grad(loss, list(parameters.values())))
         settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "update": step + 1, "decays": [DECAY]}
         adamw_ema(masters, grads, moments, squares, [averages], impl=variant.kernels, **settings)

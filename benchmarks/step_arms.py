@@ -14,6 +14,7 @@ from benchmarks import updates
 from benchmarks.capture import captured
 from benchmarks.networks import REFERENCE, as_public_code, batch_of, build_network, our_objective, plain_objective
 from benchmarks.updates import TrainingState, Update
+from fasttrain.cond import Cond
 from fasttrain.models import Transformer
 
 OURS = Kernels("auto")
@@ -82,18 +83,18 @@ class StepArm:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._grads: list[Tensor] = []
 
-    def model(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def model(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network, under autocast if that is the arm's way."""
         if not self.spec.autocast:
-            return self.network(x_t, t, labels)
+            return self.network(x_t, t, cond)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return self.network(x_t, t, labels)
+            return self.network(x_t, t, cond)
 
     @torch.no_grad()
     def loss(self) -> Tensor:
         """The loss of the next batch, whose turn it stays."""
-        x0, labels, position = self._batch
-        return self._loss(self.model, x0, labels, position + x0.shape[0])
+        x0, cond, position = self._batch
+        return self._loss(self.model, x0, cond, position + x0.shape[0])
 
     def begin(self) -> None:
         """Takes its turn: captures the graph, if it has one, in memory that is given back at the end of the turn."""
@@ -120,9 +121,9 @@ class StepArm:
     def _gradients(self) -> list[Tensor]:
         """Loss and backward pass of the next batch. No parameter keeps its gradient: a graph's memory must go when its arm ends."""
         self._forget_gradients()
-        x0, labels, position = self._batch
+        x0, cond, position = self._batch
         position.add_(x0.shape[0])
-        self._loss(self.model, x0, labels, position).backward()
+        self._loss(self.model, x0, cond, position).backward()
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self._parameters]
         self._forget_gradients()
         return gradients

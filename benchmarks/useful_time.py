@@ -1,6 +1,6 @@
 """Useful time: the share of a run's hours that its final weights are made of, when a rank is killed every 100 steps and every 10 are saved.
 
-    python -m benchmarks.useful_time [--steps 300] [--kill-every 100] [--batch 160] [--protocol after-save|uniform ...] [--launcher deepspeed]
+    python -m benchmarks.useful_time [--steps N] [--kill-every N] [--batch N] [--protocol after-save|uniform ...] [--launcher deepspeed]
 
 A run on two ranks under `fasttrain supervise -- deepspeed ...`, with SIGKILL to a random rank: in the step after a save (`after-save`), or
 in a step drawn uniformly from each stretch (`uniform`: half of what lies between two saves is done again on average).

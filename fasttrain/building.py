@@ -2,6 +2,7 @@
 
 import torch
 
+from fasttrain.cond import Nothing
 from fasttrain.config import RunConfig
 from fasttrain.diffusion.objective import Objective
 from fasttrain.models.implementations import Implementations
@@ -15,17 +16,21 @@ def build_network(config: RunConfig, attention: str = "auto") -> Network:
         return config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
 
 
+def nothing(config: RunConfig) -> Nothing:
+    """What the run's model is told where conditions are left out."""
+    return Nothing(label=config.model.null_label)
+
+
 def build_objective(config: RunConfig, seed: torch.Tensor) -> Objective:
     """The training objective; label dropout is off for a model without classes."""
-    d = config.diffusion
-    null_label = config.model.null_label
+    d, without = config.diffusion, nothing(config)
     return Objective(
         d.schedule,
         d.prediction,
         d.weighting,
         d.timesteps,
-        label_drop=d.label_drop if null_label else 0.0,
-        null_label=null_label,
+        nothing=without,
+        label_drop=d.label_drop if without.has_semantics else 0.0,
         seed=seed,
         ranges=config.log.timestep_ranges,
         kernels=config.kernels,

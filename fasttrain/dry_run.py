@@ -48,10 +48,10 @@ def dry_run(config: RunConfig) -> None:
     alone = config.data.model_copy(update={"threads": 0})  # threads would read more than the one
     with training_loader(alone, shards, seed) as loader:
         batch = next(loader.batches(0, min(micro_batch, MOST_READ), 0, world_size))
-    x0 = batch.x0(seed)
+    x0, labels = batch.x0(seed), batch.cond.labels
+    assert labels is not None
     console.print(
-        f"one batch  x0 {list(x0.shape)}, mean {x0.mean():.3f}, standard deviation {x0.std():.3f}, "
-        f"labels {batch.labels.min()} to {batch.labels.max()}"
+        f"one batch  x0 {list(x0.shape)}, mean {x0.mean():.3f}, standard deviation {x0.std():.3f}, labels {labels.min()} to {labels.max()}"
     )
     console.print("dry run done: nothing was written")
 

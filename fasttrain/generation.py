@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fasttrain.building import nothing
 from fasttrain.config import RunConfig
 from fasttrain.sampling.generate import Generator
 from fasttrain.sampling.heun import Heun
@@ -20,7 +21,7 @@ def build_generator(
         sampler=Heun(steps=steps),
         shape=(channels, size, size),
         num_classes=num_classes,
-        null_label=config.model.null_label,
+        nothing=nothing(config),
         guidance=guidance,
         seed=seed,
         dtype=dtype,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasttrain.cond import Nothing
 from fasttrain.config import RunConfig
 from fasttrain.data.loader import Loader
 from fasttrain.diffusion.objective import Loss, Objective
@@ -67,8 +68,7 @@ class Preview:
             d.prediction,
             d.weighting,
             d.timesteps,
-            label_drop=0.0,
-            null_label=None,
+            nothing=Nothing(),
             seed=self._seed ^ HELD_OUT_KEY,
             kernels=self._config.kernels,
         )
@@ -77,7 +77,7 @@ class Preview:
         batches = self._held_out.batches(0, batch, self._processes.rank, world_size)
         for _ in range(-(-count // (batch * world_size))):
             images = next(batches)
-            loss = objective(self._network, images.x0(self._seed), images.labels, images.position, dtype=self._dtype)
+            loss = objective(self._network, images.x0(self._seed), images.cond, images.position, dtype=self._dtype)
             sums += _masked_sums(loss, images.position < count)
             self._alive()
         total, unweighted, seen = self._processes.sum(sums).tolist()

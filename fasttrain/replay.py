@@ -14,6 +14,7 @@ from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
 from fasttrain.checkpoint import Manifest, check_fits, committed, newest_sound, step_of
+from fasttrain.cond import Cond
 from fasttrain.config import RunConfig, SamplingConfig
 from fasttrain.data.loader import Batch
 from fasttrain.engine.deepspeed import full_gradients, gradient_norm
@@ -86,9 +87,9 @@ class Watched(Trainer):
             yield batch
 
     def _watch(self, objective: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(model: Any, clean: Tensor | Posterior, labels: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
-            loss = objective(model, clean, labels, position, dtype=dtype)
-            told = {"position": position, "label": labels, "timestep": loss.t, "loss": loss.weighted, "mse": loss.mse}
+        def watched(model: Any, clean: Tensor | Posterior, cond: Cond, position: Tensor, dtype: torch.dtype) -> Any:
+            loss = objective(model, clean, cond, position, dtype=dtype)
+            told = {"position": position, "label": cond.labels, "timestep": loss.t, "loss": loss.weighted, "mse": loss.mse}
             mean = float(loss.loss.detach())
             self._micro_batches[-1] = {
                 "rank": self.processes.rank,

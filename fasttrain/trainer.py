@@ -145,7 +145,7 @@ class Trainer:
             self._begin("data", step)
             batch = next(self.batches)
             self._begin("forward", step)
-            loss = self.objective(self.engine, batch.clean, batch.labels, batch.position, dtype=self.dtype)
+            loss = self.objective(self.engine, batch.clean, batch.cond, batch.position, dtype=self.dtype)
             self._begin("backward", step)
             self.engine.backward(with_its_gradient(loss.loss))
             if not remaining:

@@ -9,6 +9,7 @@ import torch
 from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
+from fasttrain.cond import Cond
 from fasttrain.config import RunConfig, parse_config
 from fasttrain.data.loader import Batch
 from fasttrain.engine.distributed import Processes
@@ -58,14 +59,15 @@ class Recorder:
         trainer.batches = self._watch(trainer.batches)
         trainer.objective = self  # type: ignore[assignment]
 
-    def __call__(self, model: Any, clean: Tensor | Posterior, labels: Tensor, position: Tensor, dtype: torch.dtype) -> Any:
+    def __call__(self, model: Any, clean: Tensor | Posterior, cond: Cond, position: Tensor, dtype: torch.dtype) -> Any:
         seen: list[Tensor] = []
 
-        def watched(x_t: Tensor, t: Tensor, dropped: Tensor) -> Tensor:
-            seen.extend((x_t.detach(), t, dropped))
+        def watched(x_t: Tensor, t: Tensor, dropped: Cond) -> Tensor:
+            assert dropped.labels is not None
+            seen.extend((x_t.detach(), t, dropped.labels))
             return model(x_t, t, dropped)
 
-        loss = self._objective(watched, clean, labels, position, dtype=dtype)
+        loss = self._objective(watched, clean, cond, position, dtype=dtype)
         assert self._batch is not None
         for i, n in enumerate(position.tolist()):
             noise = hashlib.sha256(seen[0][i].float().numpy().tobytes() + seen[2][i].numpy().tobytes()).hexdigest()

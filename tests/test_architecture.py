@@ -13,7 +13,7 @@ SOURCES = sorted([*ROOT.glob("fasttrain/**/*.py"), *ROOT.glob("kernels/fasttrain
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # A module may import its own part and what is below it.
-BASE = {"fasttrain.errors", "fasttrain.files", "fasttrain.registry", "fasttrain.versions"}
+BASE = {"fasttrain.cond", "fasttrain.errors", "fasttrain.files", "fasttrain.registry", "fasttrain.versions"}
 FLOOR_1 = {"fasttrain.diffusion", "fasttrain.models", "fasttrain.data", "fasttrain.engine"}
 FLOOR_2 = {"fasttrain.sampling", "fasttrain.evaluation", "fasttrain.research"}
 

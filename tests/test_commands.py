@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from fasttrain.cli import main
+from fasttrain.cond import Cond
 from fasttrain.models import MODELS
 from fasttrain.trained import Trained
 from fasttrain.versions import installed
@@ -187,13 +188,13 @@ def exported(run: Path, out: Path, weights: str) -> tuple[torch.nn.Module, dict[
 
 
 def test_export_holds_a_network_that_anyone_can_build(run, tmp_path):
-    x, t, labels = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 500, 998, 999]), torch.tensor([0, 3, 9, 10, 1])
+    x, t, cond = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 500, 998, 999]), Cond(torch.tensor([0, 3, 9, 10, 1]))
     outputs = {}
     for weights in ("raw", "ema", "ema_1"):
         network, metadata = exported(run, tmp_path / f"{weights}.safetensors", weights)
         with torch.no_grad():
-            outputs[weights] = network(x, t, labels)
-            assert torch.equal(outputs[weights], Trained.load(run, weights, torch.device("cpu")).network(x, t, labels))
+            outputs[weights] = network(x, t, cond)
+            assert torch.equal(outputs[weights], Trained.load(run, weights, torch.device("cpu")).network(x, t, cond))
         assert metadata["step"] == str(STEPS) and json.loads(metadata["config"])["training"]["steps"] == STEPS
     assert not torch.equal(outputs["raw"], outputs["ema"]) and not torch.equal(outputs["ema"], outputs["ema_1"])
     assert metadata["weights"] == "ema of 20 images"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.objective import Objective
 from fasttrain.diffusion.prediction import V
 from fasttrain.diffusion.schedule import Cosine
@@ -53,7 +54,7 @@ def gradients(network: Network, batch: int) -> dict[str, Tensor]:
     x, weight = torch.randn(2, batch, 3, 8, 8, generator=generator).unbind(0)
     t, labels = torch.arange(batch) * 7, torch.arange(batch) % 10
     network.zero_grad()
-    (network(x, t, labels) * weight).sum().backward()
+    (network(x, t, Cond(labels)) * weight).sum().backward()
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
@@ -194,7 +195,8 @@ def test_a_deterministic_run_gives_the_same_bits_and_says_so(precision: str, tmp
 
 
 def objective_on(device: torch.device) -> Objective:
-    return Objective(Cosine(), V(), MinSnr(), Stratified(), label_drop=0.1, null_label=10, seed=torch.tensor(5, device=device), ranges=4)
+    parts, seed = (Cosine(), V(), MinSnr(), Stratified()), torch.tensor(5, device=device)
+    return Objective(*parts, nothing=Nothing(10), label_drop=0.1, seed=seed, ranges=4)
 
 
 @pytest.mark.gpu
@@ -209,7 +211,7 @@ def test_a_step_captured_as_a_cuda_graph_draws_anew_at_new_positions():
 
     def step() -> Tensor:
         network.zero_grad(set_to_none=False)
-        loss = objective(network, x0, labels, position).loss
+        loss = objective(network, x0, Cond(labels), position).loss
         loss.backward()
         return loss
 

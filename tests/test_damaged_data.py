@@ -58,7 +58,7 @@ def _epoch(processes: Processes, folder: str, samples: int) -> dict[int, tuple[i
     with training_loader(config, ShardSet.open(folder, config), torch.tensor(3)) as loader:
         for batch in itertools.islice(loader.batches(0, 1, processes.rank, processes.world_size), -(-samples // processes.world_size)):
             pixels = ((batch.x0(torch.tensor(3)) + 1) * 127.5).round().numpy()
-            ((number, own),) = told_apart(pixels, batch.labels.numpy())
+            ((number, own),) = told_apart(pixels, batch.cond.labels.numpy())
             seen[int(batch.position)] = (int(batch.sample_id), number, own)
     return seen
 

@@ -52,7 +52,7 @@ def _held_out_losses(processes: Processes, raw: dict[str, Any]) -> tuple[float, 
     shift, scale = (torch.tensor(channels).view(4, 1, 1) for channels in (index.latent_shift, index.latent_scale))
     objective = build_objective(trainer.config, trainer.seed ^ HELD_OUT_KEY)
     with torch.no_grad():
-        loss = objective(preview._network, (z - shift) * scale, batch.labels, batch.position, dtype=torch.float32)
+        loss = objective(preview._network, (z - shift) * scale, batch.cond, batch.position, dtype=torch.float32)
     trainer.loader.close()
     trainer.engine.destroy()
     return told, float(loss.loss)

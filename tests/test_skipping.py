@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasttrain.cond import Cond
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import DivergedError, Status
 from fasttrain.lines import records
@@ -154,9 +155,9 @@ def poison(first: int, last: int) -> None:
     def poisoned(*args: Any) -> Any:
         objective = build(*args)
 
-        def call(model: Any, clean: torch.Tensor, labels: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> Any:
+        def call(model: Any, clean: torch.Tensor, cond: Cond, position: torch.Tensor, dtype: torch.dtype) -> Any:
             bad = (first <= position) & (position <= last)
-            return objective(model, torch.where(bad[:, None, None, None], math.nan, clean), labels, position, dtype=dtype)
+            return objective(model, torch.where(bad[:, None, None, None], math.nan, clean), cond, position, dtype=dtype)
 
         return call
 

@@ -90,8 +90,8 @@ def _plant() -> None:
     def planted(*args):
         objective = build(*args)
 
-        def call(model, clean, labels, position, dtype):
-            loss = objective(model, clean, labels, position, dtype=dtype)
+        def call(model, clean, cond, position, dtype):
+            loss = objective(model, clean, cond, position, dtype=dtype)
             return loss._replace(loss=loss.loss * (3.0 if int(position[0]) // 64 == 74 else 1.0))
 
         return call

@@ -20,6 +20,7 @@ from fasttrain_kernels.dispatch import Kernels
 from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
+from fasttrain.cond import Cond
 from fasttrain.data.config import DataConfig
 from fasttrain.data.order import HeldOut, Order, SampleOrder
 from fasttrain.data.shards import ShardSet
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
     """A micro-batch: everything on the device but sample_id, which stays on the host."""
 
     clean: Tensor | Posterior  # x0 [B, C, H, W] fp32, or the stored posteriors that it is drawn from
-    labels: Tensor  # [B] int64
+    cond: Cond  # classes, and whatever else the samples come with
     position: Tensor  # [B] int64
     sample_id: Tensor  # [B] int64, of what was really used
 
@@ -148,7 +149,7 @@ class Loader:
                 tensor.record_stream(current)
         stored, labels, position = raw.on_device
         self.replaced += raw.replaced
-        return Batch(self.transform(stored, position), labels, position, raw.sample_id)
+        return Batch(self.transform(stored, position), Cond(labels), position, raw.sample_id)
 
     def close(self) -> None:
         """Ends the threads; batches not yet gathered are dropped."""

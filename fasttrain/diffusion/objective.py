@@ -12,6 +12,7 @@ from fasttrain_kernels.uniform import uniform
 from fasttrain_kernels.weighted_mse import weighted_mse
 from torch import Tensor
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import PREDICTIONS, Prediction, weight_factor
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
 from fasttrain.diffusion.timesteps import Timesteps
@@ -19,7 +20,7 @@ from fasttrain.diffusion.weighting import WEIGHTINGS, Weighting, signal_to_noise
 from fasttrain.errors import UserError
 from fasttrain.registry import Registry
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 class Loss(NamedTuple):
@@ -35,20 +36,21 @@ class Loss(NamedTuple):
 class Objective:
     """The weighted denoising loss of a micro-batch, a pure function of (seed, position) and the data.
 
-    loss = mean_b w(snr_b) factor_b mean_{c,h,w} (model(x_t, t, labels) - target)^2          [Hang et al. 2023, Eq. 4-5 and appendix B]
+    loss = mean_b w(snr_b) factor_b mean_{c,h,w} (model(x_t, t, cond) - target)^2          [Hang et al. 2023, Eq. 4-5 and appendix B]
 
     with `factor` from `prediction.weight_factor`, so that each weighting means the same for every target.
 
     Args:
         schedule, prediction, weighting, timesteps: components of this package.
-        label_drop: probability in [0, 1) of replacing a label by `null_label` (classifier-free guidance needs it).
-        null_label: the model's label for "no class"; None for an unconditional model.
+        nothing: what the model is told where conditions are left out.
+        label_drop: probability in [0, 1) of leaving out class and text (classifier-free guidance needs it).
+        control_drop: the same of the controls, independently (separate guidance needs it).
         seed: [] int64, on the device of the data.
         ranges: how many equal ranges of timesteps the unweighted loss is told apart in.
         kernels: the implementation of each operation; default: auto for all.
 
     Raises:
-        UserError: a combination that is undefined at some timestep, or label dropout without a null label.
+        UserError: a combination that is undefined at some timestep, or dropout of what the model cannot do without.
     """
 
     def __init__(
@@ -58,30 +60,33 @@ class Objective:
         weighting: Weighting,
         timesteps: Timesteps,
         *,
-        label_drop: float,
-        null_label: int | None,
+        nothing: Nothing,
+        label_drop: float = 0.0,
+        control_drop: float = 0.0,
         seed: Tensor,
         ranges: int = 1,
         kernels: Kernels | None = None,
     ):
         _require_defined(schedule, prediction, weighting)
-        _require_droppable(label_drop, null_label)
+        _require_droppable("label_drop", label_drop, "null label or empty caption", nothing.has_semantics)
+        _require_droppable("control_drop", control_drop, "set of controls to leave out", nothing.controls)
         self.schedule = schedule
         self.prediction = prediction
         self.weighting = weighting
         self.timesteps = timesteps
+        self.nothing = nothing
         self.label_drop = label_drop
-        self.null_label = null_label
+        self.control_drop = control_drop
         self.seed = seed
         self.ranges = ranges
         self.kernels = kernels or Kernels()
 
-    def __call__(self, model: Model, clean: Tensor | Posterior, labels: Tensor, position: Tensor, dtype: torch.dtype | None = None) -> Loss:
+    def __call__(self, model: Model, clean: Tensor | Posterior, cond: Cond, position: Tensor, dtype: torch.dtype | None = None) -> Loss:
         """The loss of a micro-batch.
 
         Args:
             clean: x0 [B, C, H, W], or the stored posteriors that it is drawn from.
-            labels: [B] int64.
+            cond: the samples' conditions.
             position: [B] int64, the draws' places in training.
             dtype: of the model's input; x0's by default.
         """
@@ -91,7 +96,7 @@ class Objective:
         weight = target_weight(self.weighting, self.prediction, alpha, sigma)
 
         x_t, x0 = self._noised(clean, alpha.float(), sigma.float(), position, dtype)
-        pred = model(x_t, t, self._dropped(labels, position))
+        pred = model(x_t, t, self._dropped(cond, position))
         loss, mse, by_range = weighted_mse(
             pred,
             x0,
@@ -116,11 +121,15 @@ class Objective:
         draw, impl = (self.seed, position), self.kernels.of("latent_noising")
         return latent_noising(stored, shift, scale, alpha, sigma, *draw, flip=flip, dtype=dtype or torch.float32, impl=impl)
 
-    def _dropped(self, labels: Tensor, position: Tensor) -> Tensor:
-        if self.null_label is None or self.label_drop == 0:
-            return labels
-        drop = uniform(self.seed, position, Purpose.LABEL_DROP, impl=self.kernels.of("uniform")) < self.label_drop
-        return labels.masked_fill(drop, self.null_label)
+    def _dropped(self, cond: Cond, position: Tensor) -> Cond:
+        if self.label_drop:
+            cond = self.nothing.instead_of_semantics(cond, self._chosen(position, Purpose.LABEL_DROP, self.label_drop))
+        if self.control_drop:
+            cond = self.nothing.instead_of_controls(cond, self._chosen(position, Purpose.CONTROL_DROP, self.control_drop))
+        return cond
+
+    def _chosen(self, position: Tensor, purpose: Purpose, share: float) -> Tensor:
+        return uniform(self.seed, position, purpose, impl=self.kernels.of("uniform")) < share
 
 
 def target_weight(weighting: Weighting, prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -144,11 +153,11 @@ def _require_defined(schedule: Schedule, prediction: Prediction, weighting: Weig
         )
 
 
-def _require_droppable(label_drop: float, null_label: int | None) -> None:
-    if not 0 <= label_drop < 1:
-        raise UserError(f"label_drop must lie in [0, 1), got {label_drop}")
-    if label_drop > 0 and null_label is None:
-        raise UserError(f"label_drop {label_drop} needs a model with a null label, and an unconditional one has none: set label_drop to 0")
+def _require_droppable(key: str, share: float, what: str, there: bool) -> None:
+    if not 0 <= share < 1:
+        raise UserError(f"{key} must lie in [0, 1), got {share}")
+    if share > 0 and not there:
+        raise UserError(f"{key} {share} needs a model with a {what}, and this one has none: set {key} to 0")
 
 
 def _name(registry: Registry, component: Any) -> str:

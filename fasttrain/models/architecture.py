@@ -102,7 +102,7 @@ class Transformer(ABC):
 
     @abstractmethod
     def build(self, how: Implementations = AUTOMATIC) -> Network:
-        """The network, initialised from torch's global generator, as `model(x [B,C,H,W], t [B], labels [B]) -> [B,C,H,W]`.
+        """The network, initialised from torch's global generator, as `model(x [B,C,H,W], t [B], cond: Cond) -> [B,C,H,W]`.
 
         `how` never changes its parameters, their names or the random numbers they are made of.
         """

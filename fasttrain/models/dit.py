@@ -12,6 +12,7 @@ from fasttrain_kernels.adaln import adaln
 from fasttrain_kernels.gated_adaln import gated_adaln
 from torch import Tensor, nn
 
+from fasttrain.cond import Cond
 from fasttrain.models import flops
 from fasttrain.models.architecture import MODELS, Transformer
 from fasttrain.models.attention import Attention, Rotation
@@ -126,9 +127,9 @@ class FinalLayer(nn.Module):
 
 
 class DiffusionTransformer(Network):
-    """model(x [B, C, H, W], t [B] integer or real, labels [B] int64) -> [B, C, H, W] in the weights' dtype.
+    """model(x [B, C, H, W], t [B] integer or real, cond) -> [B, C, H, W] in the weights' dtype.
 
-    An unconditional model ignores the labels.
+    An unconditional model ignores the conditions.
     """
 
     def __init__(self, config: DiT, how: Implementations = AUTOMATIC):
@@ -162,7 +163,7 @@ class DiffusionTransformer(Network):
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.config.width, self.config.grid))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The prediction for noisy latents.
 
         Raises:
@@ -171,13 +172,13 @@ class DiffusionTransformer(Network):
         channels, size, _ = self.config.geometry()
         check_input(x, channels, size)
         dtype = self.pos_embed.dtype
-        cond = self._condition(t, labels, dtype)  # [B, D]
+        vector = self._condition(t, cond.labels, dtype)  # [B, D]
         x = self.x_embedder(x).to(dtype) + self.pos_embed  # [B, N, D]
         rotation = self.rotation() if self.rotation else None
         pending = None
         for block in self.blocks:
-            x, pending = run_block(block, x, pending, cond, rotation, recompute=self.config.checkpoint_blocks)  # [B, N, D]
-        x = self.final_layer(x, pending, cond)  # [B, N, p*p*(C or 2C)]
+            x, pending = run_block(block, x, pending, vector, rotation, recompute=self.config.checkpoint_blocks)  # [B, N, D]
+        x = self.final_layer(x, pending, vector)  # [B, N, p*p*(C or 2C)]
         x = unpatchify(x, self.config.patch, self.config.out_channels)  # [B, C or 2C, H, W]
         return x[:, :channels]  # [B, C, H, W]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fasttrain.cond import Cond
 from fasttrain.models import flops
 from fasttrain.models.architecture import MODELS, MOST_ROWS, Transformer
 from fasttrain.models.attention import QvBiasAttention, Rotation
@@ -77,7 +78,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(Network):
-    """model(x [B, C, H, W], t [B] integer, labels [B] int64) -> [B, C, H, W] fp32; an unconditional model ignores the labels."""
+    """model(x [B, C, H, W], t [B] integer, cond) -> [B, C, H, W] fp32; an unconditional model ignores the conditions."""
 
     def __init__(self, config: ViT, how: Implementations = AUTOMATIC):
         super().__init__()
@@ -110,7 +111,7 @@ class VisionTransformer(Network):
             # The first prediction is then almost zero: the loss starts at the target's variance.
             self.linear_projection.weight.mul_(0.001)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The prediction for noisy latents.
 
         Raises:
@@ -118,7 +119,7 @@ class VisionTransformer(Network):
         """
         channels, size, _ = self.config.geometry()
         check_input(x, channels, size)
-        head = self._head_tokens(t, labels)  # [B, 1 or 2, D]
+        head = self._head_tokens(t, cond.labels)  # [B, 1 or 2, D]
         x = self.patch_embed(x).to(head.dtype)  # [B, N, D]
         x = torch.cat([head, x], dim=1) + self.pos_embed  # [B, T, D]
         rotation = self.rotation() if self.rotation else None

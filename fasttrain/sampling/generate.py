@@ -8,6 +8,7 @@ import torch
 from fasttrain_kernels.philox import Purpose, normal
 from torch import Tensor
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import Prediction
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
@@ -31,12 +32,12 @@ class Generator:
     another batch size, as it does on another device.
 
     Args:
-        model: (x_t [B, C, H, W], t [B], labels [B]) -> [B, C, H, W], in evaluation mode.
+        model: (x_t [B, C, H, W], t [B], cond) -> [B, C, H, W], in evaluation mode.
         schedule, prediction: those of training.
         sampler: one of `SAMPLERS`.
         shape: (C, H, W) of a sample.
         num_classes: sample i is of class i % num_classes; 0 for an unconditional model.
-        null_label: the model's label for "no class", or None.
+        nothing: what the model is told where conditions are left out.
         guidance: scale of classifier-free guidance; 1 is none.
         seed: [] int64 on the device where samples are made.
         dtype: of the model's input.
@@ -48,7 +49,7 @@ class Generator:
     sampler: Sampler
     shape: tuple[int, int, int]
     num_classes: int
-    null_label: int | None
+    nothing: Nothing
     guidance: float
     seed: Tensor
     dtype: torch.dtype = torch.float32
@@ -79,7 +80,7 @@ class Generator:
             UserError: a count or batch below 1, or labels that are not one per sample and in range.
         """
         _require_sound(count, batch, labels, self.num_classes)
-        model = guided(self.model, self.guidance, self.null_label)
+        model = guided(self.model, self.guidance, self.nothing)
         for numbers, wanted in _shares(count, batch, rank, world_size):
             classes = labels[numbers] if labels is not None else numbers % max(self.num_classes, 1)
             x0 = self._sample(model, numbers, classes)
@@ -91,7 +92,7 @@ class Generator:
     def _sample(self, model: Model, numbers: Tensor, classes: Tensor) -> Tensor:
         device = self.seed.device
         noise = normal(self.seed, numbers.to(device), self.shape, Purpose.SAMPLE)
-        return self.sampler(model, self.schedule, self.prediction, noise, classes.to(device), self.dtype).float()
+        return self.sampler(model, self.schedule, self.prediction, noise, Cond(classes.to(device)), self.dtype).float()
 
 
 def _shares(count: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, bool]]:

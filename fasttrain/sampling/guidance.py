@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fasttrain.cond import Cond, Nothing, concatenated
 from fasttrain.errors import UserError
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
-def guided(model: Model, scale: float, null_label: int | None) -> Model:
+def guided(model: Model, scale: float, nothing: Nothing) -> Model:
     """A model whose output is led away from the unconditional one, on all channels.
 
     F = F_u + s (F_c - F_u)          [Ho and Salimans 2022, Eq. 6, with s = 1 + w]
@@ -19,21 +20,21 @@ def guided(model: Model, scale: float, null_label: int | None) -> Model:
     at scale 1 the model itself is returned and nothing is computed twice.
 
     Args:
-        model: (x_t [B, C, H, W], t [B], labels [B]) -> [B, C, H, W].
+        model: (x_t [B, C, H, W], t [B], cond) -> [B, C, H, W].
         scale: s; 1 is no guidance.
-        null_label: the model's label for "no class".
+        nothing: what the model is told instead of a class or a caption.
 
     Raises:
-        UserError: guidance of a model without a null label.
+        UserError: guidance of a model that has no class or text to leave out.
     """
     if scale == 1:
         return model
-    if null_label is None:
-        raise UserError(f"guidance {scale} needs a class-conditional model trained with label_drop > 0: set guidance to 1")
+    if not nothing.has_semantics:
+        raise UserError(f"guidance {scale} needs a model of classes or text, trained with label_drop > 0: set guidance to 1")
 
-    def both(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        all_labels = torch.cat([labels, torch.full_like(labels, null_label)])
-        conditional, unconditional = model(torch.cat([x_t, x_t]), torch.cat([t, t]), all_labels).chunk(2)
+    def both(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        without = nothing.instead_of_semantics(cond, torch.ones_like(t, dtype=torch.bool))
+        conditional, unconditional = model(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenated([cond, without])).chunk(2)
         return torch.lerp(unconditional.double(), conditional.double(), scale)
 
     return both

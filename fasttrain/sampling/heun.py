@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fasttrain.cond import Cond
 from fasttrain.diffusion.prediction import Prediction, to_x0
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
@@ -14,15 +15,13 @@ from fasttrain.registry import Registry
 
 SAMPLERS = Registry("sampler")
 
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Model = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 class Sampler(Protocol):
     """From noise to data: what `generate` asks of a sampler."""
 
-    def __call__(
-        self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
         """x0 [B, C, H, W] float64 from standard normal noise of that shape; the model sees `dtype`."""
 
 
@@ -51,16 +50,14 @@ class Heun:
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
 
-    def __call__(
-        self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, labels: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """x0 [B, C, H, W] float64 from `noise` of that shape, standard normal, and `labels` [B]."""
+    def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """x0 [B, C, H, W] float64 from `noise` of that shape, standard normal, and `cond` of B."""
         t, sigma = edm_grid(schedule, self.steps, self.sigma_max, self.rho)
         # Sigmas stay on the host as numbers, timesteps move once: the loop never waits for the device.
         sigmas, t = [*sigma.tolist(), 0.0], t.to(noise.device)
 
         def slope(x: Tensor, i: int) -> Tensor:
-            return (x - denoised(model, schedule, prediction, x, t[i].expand(len(x)), labels, dtype)) / sigmas[i]
+            return (x - denoised(model, schedule, prediction, x, t[i].expand(len(x)), cond, dtype)) / sigmas[i]
 
         x = noise.double() * sigmas[0]
         for i in range(len(t)):
@@ -95,13 +92,13 @@ def edm_grid(schedule: Schedule, steps: int, sigma_max: float = 80.0, rho: float
     return t, sigma / alpha
 
 
-def denoised(model: Model, schedule: Schedule, prediction: Prediction, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+def denoised(model: Model, schedule: Schedule, prediction: Prediction, x: Tensor, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
     """D(x; sigma): the model's x0 for x = x_t / alpha_t.
 
     Args:
         x: [B, C, H, W] float64.
         t: [B], timesteps of the schedule.
-        labels: [B] int64.
+        cond: the conditions of B samples.
         dtype: of the model's input.
 
     Returns:
@@ -109,4 +106,4 @@ def denoised(model: Model, schedule: Schedule, prediction: Prediction, x: Tensor
     """
     alpha, sigma = schedule.alpha_sigma(t)
     x_t = x * alpha.reshape(-1, *[1] * (x.dim() - 1))
-    return to_x0(prediction, model(x_t.to(dtype), t, labels), x_t, alpha, sigma)
+    return to_x0(prediction, model(x_t.to(dtype), t, cond), x_t, alpha, sigma)

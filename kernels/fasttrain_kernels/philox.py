@@ -43,6 +43,9 @@ class Purpose(IntEnum):
     SAMPLE = 6
     HELD_OUT = 7
     SUBSTITUTE = 8
+    CONTROL_DROP = 9
+    TEXT_PADDING = 10
+    CROP = 11
 
 
 def int64_tensor(value: Tensor | int, device: torch.device | None) -> Tensor:

@@ -9,6 +9,7 @@ from benchmarks import agreement
 from benchmarks.arms import LIBRARIES, Arm, Region, absent, fault
 from benchmarks.kernels import DRAWN, Point, grown
 from benchmarks.networks import REFERENCE, as_public_code, build_network, config_of, our_objective, plain_objective, wake
+from fasttrain.cond import Cond
 from fasttrain.diffusion.schedule import Cosine
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ class _Network(nn.Module):
         self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 64).view(1, 1, 8, 8))
         self.factor = factor
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         gate = self.weight.to(x.dtype)
         return x * (gate.detach() + self.factor * (gate - gate.detach()))  # the value is right whatever the factor, the gradient is not
 
@@ -147,17 +148,17 @@ def test_the_baseline_trains_on_the_same_loss(monkeypatch: pytest.MonkeyPatch) -
     config = config_of("dit-tiny", input_size=8, channels=1, num_classes=10)
     seen: list[Tensor] = []
 
-    def model(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        seen.extend((x_t.float(), t, labels))
+    def model(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        seen.extend((x_t.float(), t, cond.labels))
         return torch.zeros_like(x_t)
 
-    x0, labels, position = torch.randn(6, 1, 8, 8), torch.arange(6), torch.arange(6)
-    ours = our_objective(config, REFERENCE, CPU)(model, x0, labels, position)
+    x0, cond, position = torch.randn(6, 1, 8, 8), Cond(torch.arange(6)), torch.arange(6)
+    ours = our_objective(config, REFERENCE, CPU)(model, x0, cond, position)
     x_t, t, dropped = seen
     alpha, sigma = (value.float().view(-1, 1, 1, 1) for value in Cosine().alpha_sigma(t))
     monkeypatch.setattr(torch, "randint", lambda *_, **__: t)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: (dropped != config.null_label).float())
     monkeypatch.setattr(torch, "randn_like", lambda _: (x_t - alpha * x0) / sigma)
-    theirs = plain_objective(config, CPU)(model, x0, labels, position)
+    theirs = plain_objective(config, CPU)(model, x0, cond, position)
     assert torch.equal(seen[5], dropped)
     assert theirs.item() == pytest.approx(ours.item(), rel=2e-2)  # x_t was rounded to bf16 before eps was taken out of it again

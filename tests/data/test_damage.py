@@ -102,7 +102,7 @@ def _seen(folder: Path, world: int, threads: int, start: int = 0, steps: int = 4
     for rank in range(world):
         with training_loader(config, ShardSet.open(folder, config), SEED) as loader:
             for batch in itertools.islice(loader.batches(start, 48 // world, rank, world), steps):
-                for position, sample, label, x0 in zip(batch.position, batch.sample_id, batch.labels, batch.x0(SEED), strict=True):
+                for position, sample, label, x0 in zip(batch.position, batch.sample_id, batch.cond.labels, batch.x0(SEED), strict=True):
                     seen[int(position)] = (int(sample), int(label), x0.numpy().tobytes())
     return seen
 

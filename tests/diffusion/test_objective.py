@@ -13,6 +13,7 @@ from fasttrain_kernels.uniform import uniform
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.objective import Loss, Objective
 from fasttrain.diffusion.prediction import PREDICTIONS
 from fasttrain.diffusion.schedule import SCHEDULES
@@ -41,8 +42,8 @@ def build(
         PREDICTIONS.build(prediction),
         WEIGHTINGS.build(weighting),
         TIMESTEPS.build(timesteps),
+        nothing=Nothing(null_label),
         label_drop=label_drop,
-        null_label=null_label,
         seed=SEED,
         ranges=ranges,
         kernels=kernels,
@@ -54,9 +55,9 @@ def posterior(count: int = 24) -> Posterior:
     return Posterior(stored, torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0]), flip=True)
 
 
-def batch(count: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+def batch(count: int = 24) -> tuple[Tensor, Cond, Tensor]:
     x0 = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(3))
-    return x0, torch.arange(count) % 10, 1000 + torch.arange(count)
+    return x0, Cond(torch.arange(count) % 10), 1000 + torch.arange(count)
 
 
 class Recorder:
@@ -66,8 +67,9 @@ class Recorder:
         self.weight = torch.tensor(0.7, requires_grad=True)
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        self.calls.append((x_t, t, labels))
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        assert cond.labels is not None
+        self.calls.append((x_t, t, cond.labels))
         return self.weight * x_t
 
     def seen(self) -> tuple[Tensor, ...]:
@@ -129,10 +131,10 @@ def test_the_loss_is_told_apart_by_equal_ranges_of_timesteps(schedule: str | dic
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_stored_latents_train_as_the_x0_that_they_are_drawn_to(dtype: torch.dtype | None) -> None:
-    _, labels, position = batch()
+    _, cond, position = batch()
     drawn, given = Recorder(), Recorder()
-    from_stored = build("cosine", "v")(drawn, posterior(), labels, position, dtype)
-    from_x0 = build("cosine", "v")(given, posterior().sample(SEED, position), labels, position, dtype)
+    from_stored = build("cosine", "v")(drawn, posterior(), cond, position, dtype)
+    from_x0 = build("cosine", "v")(given, posterior().sample(SEED, position), cond, position, dtype)
     for one, other in zip((*from_stored, *drawn.seen()), (*from_x0, *given.seen()), strict=True):
         assert torch.equal(one, other) and one.dtype == other.dtype
 
@@ -146,13 +148,13 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 def test_the_kernels_give_the_references_loss(latents: bool, timesteps: str) -> None:
     from tests.kernels.interpreter import interpreting
 
-    x0, labels, position = batch(5)
+    x0, cond, position = batch(5)
     seen, losses = [], []
     with interpreting():
         for impl in ("triton", "reference"):
             model = Recorder()
             objective = build("cosine", "v", timesteps=timesteps, label_drop=0.4, ranges=4, kernels=Kernels(impl))
-            loss = objective(model, posterior(5) if latents else x0, labels, position)
+            loss = objective(model, posterior(5) if latents else x0, cond, position)
             loss.loss.backward()
             seen.append(model.seen())
             losses.append([*loss, model.weight.grad])
@@ -180,12 +182,12 @@ def test_a_micro_batch_takes_few_launches() -> None:
     from tests.kernels.interpreter import recording
 
     objective = build("cosine", "v", timesteps="stratified", label_drop=0.1, ranges=10, kernels=Kernels("triton"))
-    _, labels, position = batch()
+    _, cond, position = batch()
     with recording() as launches:
-        objective(Recorder(), posterior(), labels, position)  # the schedule's table is made
+        objective(Recorder(), posterior(), cond, position)  # the schedule's table is made
         launches.clear()
         with LaunchCount() as torchs:
-            objective(Recorder(), posterior(), labels, position).loss.backward()
+            objective(Recorder(), posterior(), cond, position).loss.backward()
     names = Counter(launch.kernel.fn.__name__ for launch in launches)
     once = ("_latent_noising_kernel", "_block_sums_kernel", "_finish_kernel", "_gradient_kernel")
     assert names == {"_uniform_kernel": 2, **dict.fromkeys(once, 1)}
@@ -193,22 +195,22 @@ def test_a_micro_batch_takes_few_launches() -> None:
 
 
 def test_another_position_or_seed_draws_otherwise() -> None:
-    x0, labels, position = batch()
+    x0, cond, position = batch()
     first, later = Recorder(), Recorder()
-    build()(first, x0, labels, position)
-    build()(later, x0, labels, position + 24)
+    build()(first, x0, cond, position)
+    build()(later, x0, cond, position + 24)
     assert not torch.equal(first.seen()[0], later.seen()[0]) and not torch.equal(first.seen()[1], later.seen()[1])
 
 
 def test_label_dropout_takes_its_share_and_leaves_noise_alone() -> None:
-    x0, labels, position = torch.zeros(4000, 1, 1, 1), torch.arange(4000) % 10, torch.arange(4000)
+    x0, cond, position = torch.zeros(4000, 1, 1, 1), Cond(torch.arange(4000) % 10), torch.arange(4000)
     with_drop, without = Recorder(), Recorder()
-    build(label_drop=0.15)(with_drop, x0, labels, position)
-    build(label_drop=0.0)(without, x0, labels, position)
+    build(label_drop=0.15)(with_drop, x0, cond, position)
+    build(label_drop=0.0)(without, x0, cond, position)
     dropped = with_drop.seen()[2] == NULL
     assert abs(dropped.double().mean().item() - 0.15) < 4 * (0.15 * 0.85 / 4000) ** 0.5
-    assert torch.equal(with_drop.seen()[2][~dropped], labels[~dropped])
-    assert torch.equal(with_drop.seen()[0], without.seen()[0]) and torch.equal(without.seen()[2], labels)
+    assert torch.equal(with_drop.seen()[2][~dropped], cond.labels[~dropped])
+    assert torch.equal(with_drop.seen()[0], without.seen()[0]) and torch.equal(without.seen()[2], cond.labels)
 
 
 def test_model_sees_the_dtype_asked_for_and_the_loss_stays_fp32() -> None:
@@ -220,7 +222,7 @@ def test_model_sees_the_dtype_asked_for_and_the_loss_stays_fp32() -> None:
 def test_unconditional_objective_passes_labels_through() -> None:
     model = Recorder()
     assert isinstance(build(null_label=None)(model, *batch()), Loss)
-    assert torch.equal(model.calls[0][2], batch()[1])
+    assert torch.equal(model.calls[0][2], batch()[1].labels)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS.names())
@@ -246,9 +248,7 @@ def test_an_unbounded_weight_is_refused_by_name(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_continuous_path_and_its_target_need_nothing_else() -> None:
     """Rectified flow with constant weight on x0: the weight on u is sigma^2, since alpha + sigma = 1."""
-    objective = Objective(
-        Straight(), Flow(), WEIGHTINGS.build("const"), TIMESTEPS.build("uniform"), label_drop=0, null_label=None, seed=SEED
-    )
+    objective = Objective(Straight(), Flow(), WEIGHTINGS.build("const"), TIMESTEPS.build("uniform"), nothing=Nothing(), seed=SEED)
     got = objective(Recorder(), *batch())
     x0, _, position = batch()
     t = uniform(SEED, position, Purpose.TIMESTEP)

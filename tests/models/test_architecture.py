@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from fasttrain.cond import Cond
 from fasttrain.errors import UserError
 from fasttrain.models import MODELS
 from fasttrain.models.memory import count_parameters
@@ -64,10 +65,10 @@ def test_every_preset_in_miniature_trains(name):
     model = small.build()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     x = torch.randn(4, 3, small.input_size, small.input_size)
-    t, labels = torch.tensor([0, 10, 500, 999]), torch.tensor([0, 1, 2, classes])
+    t, cond = torch.tensor([0, 10, 500, 999]), Cond(torch.tensor([0, 1, 2, classes]))
     losses = []
     for _ in range(8):
-        out = model(x, t, labels)
+        out = model(x, t, cond)
         assert out.shape == x.shape
         loss = (out - x).square().mean()
         loss.backward()
@@ -86,9 +87,9 @@ def test_rotation_alone_tells_attention_where_a_patch_is(spec, rotary):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3) if name != "pos_embed" else parameter.zero_()
-    x, (t, labels) = torch.randn(1, 3, 8, 8), torch.tensor([[3], [4]])
+    x, t, cond = torch.randn(1, 3, 8, 8), torch.tensor([3]), Cond(torch.tensor([4]))
     swapped = torch.cat([x[..., 4:, :], x[..., :4, :]], dim=2)  # the two rows of patches
-    out, other = model(x, t, labels), model(swapped, t, labels)
+    out, other = model(x, t, cond), model(swapped, t, cond)
     same = torch.allclose(torch.cat([other[..., 4:, :], other[..., :4, :]], dim=2), out, rtol=1e-4, atol=1e-4)
     # Rotation is relative: two rows swapped are one row up instead of one row down.
     assert same is not rotary

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from fasttrain_kernels.dispatch import Kernels
 
+from fasttrain.cond import Cond
 from fasttrain.models import MODELS
 from fasttrain.models.implementations import Implementations
 
@@ -27,7 +28,7 @@ def build(seed: int = 0, **changes):
 def batch(size: int = 4):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(size, 3, 8, 8, generator=generator)
-    return x, torch.randint(0, 1000, (size,), generator=generator), torch.randint(0, 11, (size,), generator=generator)
+    return x, torch.randint(0, 1000, (size,), generator=generator), Cond(torch.randint(0, 11, (size,), generator=generator))
 
 
 def random_state(model) -> dict[str, torch.Tensor]:
@@ -44,7 +45,7 @@ def normalise(x: torch.Tensor, norm: str) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def plain_forward(state: dict[str, torch.Tensor], x, t, labels, norm: str, out_channels: int, heads: int = 4, patch: int = 2):
+def plain_forward(state: dict[str, torch.Tensor], x, t, cond, norm: str, out_channels: int, heads: int = 4, patch: int = 2):
     """The architecture again, with attention written out, from the tensors alone."""
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def plain_forward(state: dict[str, torch.Tensor], x, t, labels, norm: str, out_c
 
     angle = t.double()[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
     time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], dim=1))))
-    cond = F.silu(time + state["y_embedder.embedding_table.weight"][labels])
+    cond = F.silu(time + state["y_embedder.embedding_table.weight"][cond.labels])
     patches = F.unfold(x, patch, stride=patch).transpose(1, 2)
     x = patches @ state["x_embedder.proj.weight"].flatten(1).T + state["x_embedder.proj.bias"] + state["pos_embed"]
     for i in range(2):
@@ -76,9 +77,9 @@ def plain_forward(state: dict[str, torch.Tensor], x, t, labels, norm: str, out_c
 def test_forward_equals_the_architecture_written_out(norm, learn_sigma):
     model = build(norm=norm, learn_sigma=learn_sigma)
     state = random_state(model)
-    x, t, labels = batch()
-    expected = plain_forward(state, x.double(), t, labels, norm, 6 if learn_sigma else 3)
-    out = model(x, t, labels)
+    x, t, cond = batch()
+    expected = plain_forward(state, x.double(), t, cond, norm, 6 if learn_sigma else 3)
+    out = model(x, t, cond)
     assert out.shape == x.shape and expected.std() > 0.1
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=5e-4)
 
@@ -140,34 +141,34 @@ def test_every_trained_parameter_gets_a_finite_gradient():
 def test_integer_and_real_timesteps_agree():
     model = build()
     random_state(model)
-    x, t, labels = batch()
-    assert torch.equal(model(x, t, labels), model(x, t.double(), labels))
-    assert not torch.equal(model(x, t, labels), model(x, t + 0.5, labels))
+    x, t, cond = batch()
+    assert torch.equal(model(x, t, cond), model(x, t.double(), cond))
+    assert not torch.equal(model(x, t, cond), model(x, t + 0.5, cond))
 
 
 def test_unconditional_ignores_labels():
     model = build(num_classes=0)
     random_state(model)
-    x, t, labels = batch()
+    x, t, cond = batch()
     assert model.config.null_label is None and not any(name.startswith("y_embedder") for name in model.state_dict())
-    assert torch.equal(model(x, t, labels), model(x, t))
+    assert torch.equal(model(x, t, cond), model(x, t, Cond()))
 
 
 def test_bad_batches_are_refused():
-    model, (x, t, labels) = build(), batch()
+    model, (x, t, cond) = build(), batch()
     with pytest.raises(ValueError, match=r"takes \[B, 3, 8, 8\], got \[4, 3, 4, 8\]"):
-        model(x[:, :, :4], t, labels)
+        model(x[:, :, :4], t, cond)
     with pytest.raises(ValueError, match=r"label out of range: .* rows 0 to 10"):
-        model(x, t, labels + 11)
+        model(x, t, Cond(cond.labels + 11))
     with pytest.raises(ValueError, match="needs labels"):
-        model(x, t)
+        model(x, t, Cond())
 
 
 def test_bf16_weights_stay_within_bf16s_error():
-    model, (x, t, labels) = build().bfloat16(), batch()
+    model, (x, t, cond) = build().bfloat16(), batch()
     state = random_state(model)
-    expected = plain_forward(state, x.bfloat16().double(), t, labels, "layer", 3)
-    out = model(x.bfloat16(), t, labels)
+    expected = plain_forward(state, x.bfloat16().double(), t, cond, "layer", 3)
+    out = model(x.bfloat16(), t, cond)
     assert out.dtype == torch.bfloat16
     assert (out.double() - expected).norm() / expected.norm() < 0.03
     out.float().square().mean().backward()

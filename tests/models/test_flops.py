@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fasttrain.cond import Cond
 from fasttrain.models import MODELS
 from fasttrain.models.flops import TRAINING
 
@@ -27,9 +28,9 @@ def test_formula_equals_torchs_counter(spec):
     with torch.device("meta"):
         model = config.build()
         x = torch.zeros(batch, config.channels, config.input_size, config.input_size)
-        t = labels = torch.zeros(batch, dtype=torch.int64)
+        t = torch.zeros(batch, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, t, labels)
+            model(x, t, Cond(t))
     assert counter.get_total_flops() == batch * config.flops_per_image()
 
 

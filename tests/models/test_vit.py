@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fasttrain.cond import Cond
 from fasttrain.models import MODELS
 
 TINY = {"name": "vit", "input_size": 8, "channels": 3, "num_classes": 10, "depth": 3, "width": 32, "heads": 4, "num_timesteps": 1000}
@@ -19,15 +20,15 @@ def build(seed: int = 0, **changes):
 def batch(size: int = 4, channels: int = 3):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(size, channels, 8, 8, generator=generator)
-    return x, torch.randint(0, 1000, (size,), generator=generator), torch.randint(0, 11, (size,), generator=generator)
+    return x, torch.randint(0, 1000, (size,), generator=generator), Cond(torch.randint(0, 11, (size,), generator=generator))
 
 
-def plain_forward(state: dict[str, torch.Tensor], x, t, labels, heads: int = 4, patch: int = 2):
+def plain_forward(state: dict[str, torch.Tensor], x, t, cond, heads: int = 4, patch: int = 2):
     """The architecture again, with attention written out, from the tensors alone."""
     patches = (
         F.unfold(x, patch, stride=patch).transpose(1, 2) @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     )
-    time, label = state["time_embedding.weight"][t], state["class_embedding.weight"][labels]
+    time, label = state["time_embedding.weight"][t], state["class_embedding.weight"][cond.labels]
     x = torch.cat([time[:, None], label[:, None], patches], dim=1) + state["pos_embed"]
     width = x.shape[-1]
     for i in range(3):
@@ -56,9 +57,9 @@ def random_state(model) -> dict[str, torch.Tensor]:
 def test_forward_equals_the_architecture_written_out():
     model = build()
     state = random_state(model)
-    x, t, labels = batch()
-    expected = plain_forward(state, x.double(), t, labels)
-    torch.testing.assert_close(model(x, t, labels).double(), expected, rtol=1e-4, atol=1e-4)
+    x, t, cond = batch()
+    expected = plain_forward(state, x.double(), t, cond)
+    torch.testing.assert_close(model(x, t, cond).double(), expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.1
 
 
@@ -79,8 +80,8 @@ def test_initial_statistics():
 
 
 def test_the_first_prediction_is_almost_zero_and_the_output_fp32():
-    x, t, labels = batch()
-    out = build()(x, t, labels)
+    x, t, cond = batch()
+    out = build()(x, t, cond)
     assert out.shape == x.shape and out.dtype == torch.float32 and 0 < out.abs().max() < 0.01
 
 
@@ -94,35 +95,35 @@ def test_every_parameter_gets_a_finite_gradient():
 
 def test_unconditional_has_no_class_token_and_ignores_labels():
     model = build(num_classes=0)
-    x, t, labels = batch()
+    x, t, cond = batch()
     assert model.pos_embed.shape[1] == 17 and model.config.null_label is None
     assert not any("class" in name for name in model.state_dict())
-    assert torch.equal(model(x, t, labels), model(x, t))
+    assert torch.equal(model(x, t, cond), model(x, t, Cond()))
 
 
 def test_a_real_timestep_is_refused():
-    x, t, labels = batch()
+    x, t, cond = batch()
     with pytest.raises(ValueError, match="integer timesteps"):
-        build()(x, t / 1000, labels)
+        build()(x, t / 1000, cond)
 
 
 def test_bad_batches_are_refused():
-    model, (x, t, labels) = build(), batch()
+    model, (x, t, cond) = build(), batch()
     with pytest.raises(ValueError, match=r"takes \[B, 3, 8, 8\], got \[4, 1, 8, 8\]"):
-        model(x[:, :1], t, labels)
+        model(x[:, :1], t, cond)
     with pytest.raises(ValueError, match=r"label out of range: .* rows 0 to 10"):
-        model(x, t, labels + 11)
+        model(x, t, Cond(cond.labels + 11))
     with pytest.raises(ValueError, match="timestep out of range"):
-        model(x, t + 1000, labels)
+        model(x, t + 1000, cond)
     with pytest.raises(ValueError, match="10 stands for no class"):
-        model(x, t)
+        model(x, t, Cond())
 
 
 def test_bf16_weights_stay_within_bf16s_error():
-    model, (x, t, labels) = build().bfloat16(), batch()
+    model, (x, t, cond) = build().bfloat16(), batch()
     state = random_state(model)
-    expected = plain_forward(state, x.bfloat16().double(), t, labels)
-    out = model(x.bfloat16(), t, labels)
+    expected = plain_forward(state, x.bfloat16().double(), t, cond)
+    out = model(x.bfloat16(), t, cond)
     assert out.dtype == torch.float32
     assert (out - expected).norm() / expected.norm() < 0.02
     out.square().mean().backward()

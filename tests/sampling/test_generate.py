@@ -7,6 +7,7 @@ import torch
 from fasttrain_kernels.philox import Purpose, normal
 from torch import Tensor
 
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import PREDICTIONS
 from fasttrain.diffusion.schedule import SCHEDULES
 from fasttrain.errors import UserError
@@ -20,9 +21,9 @@ class Network:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.calls += 1
-        return torch.tanh(x_t * (1 + labels[:, None, None, None] / 10)) * (1 - t[:, None, None, None] / 2000)
+        return torch.tanh(x_t * (1 + cond.labels[:, None, None, None] / 10)) * (1 - t[:, None, None, None] / 2000)
 
 
 def generator(network: Network, **changes: object) -> Generator:
@@ -33,7 +34,7 @@ def generator(network: Network, **changes: object) -> Generator:
         sampler=Heun(steps=3),
         shape=(1, 4, 4),
         num_classes=3,
-        null_label=3,
+        nothing=Nothing(3),
         guidance=1.5,
         seed=torch.tensor(5),
     )
@@ -64,7 +65,7 @@ def test_ranks_and_batches_do_not_change_the_samples(batch: int, world_size: int
 def test_noise_is_that_of_the_sample_number() -> None:
     seen: list[Tensor] = []
 
-    def first_input(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def first_input(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         seen.append(x_t)
         return x_t
 
@@ -84,7 +85,7 @@ def test_given_labels_are_used() -> None:
 
 
 def test_unconditional_samples_are_all_of_class_0() -> None:
-    made = list(generator(Network(), num_classes=0, null_label=None, guidance=1.0).generate(3, 3))
+    made = list(generator(Network(), num_classes=0, nothing=Nothing(), guidance=1.0).generate(3, 3))
     assert made[0].labels.tolist() == [0, 0, 0]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fasttrain.cond import Cond
 from fasttrain.diffusion.prediction import PREDICTIONS, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
 from fasttrain.errors import UserError
@@ -25,7 +26,7 @@ class Ideal:
         self.timesteps: list[Tensor] = []
         self.dtypes: set[torch.dtype] = set()
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         self.timesteps.append(t)
         self.dtypes.add(x_t.dtype)
         alpha, sigma = (c[:, None, None, None] for c in self.schedule.alpha_sigma(t))
