@@ -4,11 +4,20 @@ Semantics (class or text) say what the image shows, controls (original size, cro
 without either, so training leaves them out now and then: `Nothing` is what stands in their place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+CONTROLS: dict[str, tuple[str, ...]] = {"size": ("height", "width"), "crop": ("top", "left"), "flip": ("flip",), "aspect": ("aspect",)}
+"""The numbers of each control: pixels of the original image, pixels cut off above and to the left, 0 or 1, and width over height."""
+
+
+def control_columns(controls: Iterable[str]) -> tuple[str, ...]:
+    """The columns of `Cond.controls` for these controls; their order is that of CONTROLS, whatever order they are named in."""
+    named = set(controls)
+    return tuple(column for control, columns in CONTROLS.items() if control in named for column in columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +46,7 @@ class Cond:
     Attributes:
         labels: [B] int64, classes.
         text: captions.
-        controls: [B, K] fp32, in the order of the model's config.
+        controls: [B, K] fp32, the columns of the model's controls as `control_columns` orders them.
         controlled: [B] bool, where the controls count; None: everywhere.
     """
 

@@ -5,7 +5,6 @@ function, because all modulation and the last layer start at zero. The parameter
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from fasttrain_kernels.adaln import adaln
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from fasttrain.cond import Cond
 from fasttrain.models import flops
-from fasttrain.models.architecture import MODELS, Transformer
+from fasttrain.models.architecture import MODELS
 from fasttrain.models.attention import Attention, Rotation
 from fasttrain.models.embeddings import AxialRotation, LabelEmbedder, TimestepEmbedder, sincos_positions
 from fasttrain.models.implementations import AUTOMATIC, Implementations
 from fasttrain.models.layers import NORM_EPS, Mlp, PatchEmbed, check_input, unpatchify
+from fasttrain.models.modulated import Modulated
 from fasttrain.models.network import Network, run_block
 
 Pending = tuple[Tensor, Tensor] | None
@@ -27,24 +27,17 @@ Pending = tuple[Tensor, Tensor] | None
 
 @MODELS.register("dit")
 @dataclass(frozen=True, kw_only=True)
-class DiT(Transformer):
+class DiT(Modulated):
     """Config of DiT.
 
     Args:
-        norm: "layer" as published, or "rms" (no mean subtracted). Neither has parameters.
         learn_sigma: keep the public checkpoints' output of 2C channels; only the first C, the prediction, are returned.
 
     Raises:
-        ValueError: as Transformer; or the width is not divisible by 4, which the fixed positions need.
+        ValueError: as Modulated.
     """
 
-    norm: Literal["layer", "rms"] = "layer"
     learn_sigma: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.width % 4:
-            raise ValueError(f"model.width {self.width} is not divisible by 4, which the sin-cos positions need")
 
     @property
     def out_channels(self) -> int:
