@@ -35,13 +35,18 @@ class Section(BaseModel):
 
 
 class DiffusionConfig(Section):
-    """What is learned: noise schedule, prediction target, weighting on the x0 error, timesteps, label dropout."""
+    """What is learned: noise schedule, prediction target, weighting on the x0 error, timesteps.
+
+    `label_drop` is the share of samples without class and text, `control_drop` independently that without controls; each counts only
+    for a model that has them.
+    """
 
     schedule: Annotated[Schedule, *SCHEDULES.field()] = Cosine()
     prediction: Annotated[Prediction, *PREDICTIONS.field()] = X0()
     weighting: Annotated[Weighting, *WEIGHTINGS.field()] = MinSnr()
     timesteps: Annotated[Timesteps, *TIMESTEPS.field()] = Stratified()
     label_drop: float = Field(default=0.15, ge=0, lt=1)
+    control_drop: float = Field(default=0.1, ge=0, lt=1)
 
 
 class TrainingConfig(Section):
