@@ -34,8 +34,7 @@ MAX_ROWS = 2**30
 
 _TILE = 1024
 """Elements of q or k that 128 threads hold at once, 8 each: 16-byte accesses in bf16."""
-_WARPS = 4
-_GROUPS = 2
+_WARPS, _GROUPS = 4, 2
 """Tiles a program reads at once. On sm_90, with angles, the forward kernel then takes 62 registers from Triton 3.7 and 71 from 3.6, the
 backward kernel 128 and 140: at least 56 and 60 KB of loads in flight on a processor, of which 31 and 34 KB are not beyond d = 72 in a
 tile of 128. Forward, one tile has three quarters of that; num_stages takes 60 % more instructions. Not timed."""
@@ -312,8 +311,8 @@ def qk_norm(
         ValueError: shapes, types or devices disagree; one of cos and sin is missing, or wants a gradient, or d is odd; `impl` cannot run
             here, or d is too wide or B T h too large for it.
     """
-    _require_heads(qkv, q_weight, k_weight, heads)
-    _require_angles(qkv, q_weight, cos, sin)
+    require_heads(qkv, q_weight, k_weight, heads)
+    require_angles(qkv, q_weight, cos, sin)
     if choose(impl, qkv, q_weight) == "reference":
         return qk_norm_reference(qkv, q_weight, k_weight, heads=heads, cos=cos, sin=sin, eps=eps)
     if q_weight.shape[0] > MAX_HEAD_WIDTH or qkv.shape[0] * qkv.shape[1] * heads > MAX_ROWS:
@@ -323,18 +322,20 @@ def qk_norm(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _require_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int) -> None:
-    require_float(qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+def require_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, of: str = "") -> None:
+    """Raises ValueError unless qkv holds whole heads and both weights fit them; `of` ends the arguments' names."""
+    require_float(**{f"qkv{of}": qkv, f"q_weight{of}": q_weight, f"k_weight{of}": k_weight})
     if qkv.dim() != 3 or heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * heads):
-        raise ValueError(f"qkv must be [B, T, 3 h d] with h = heads, got {list(qkv.shape)} and heads = {heads}")
+        raise ValueError(f"qkv{of} must be [B, T, 3 h d] with h = heads, got {list(qkv.shape)} and heads = {heads}")
     width = qkv.shape[2] // (3 * heads)
     if q_weight.shape != (width,) or k_weight.shape != (width,) or q_weight.dtype != k_weight.dtype:
         got = f"{list(q_weight.shape)} {q_weight.dtype} and {list(k_weight.shape)} {k_weight.dtype}"
-        raise ValueError(f"q_weight and k_weight must both be [{width}] of one type, got {got}")
-    require_same_device(qkv.device, q_weight=q_weight, k_weight=k_weight)
+        raise ValueError(f"q_weight{of} and k_weight{of} must both be [{width}] of one type, got {got}")
+    require_same_device(qkv.device, **{f"q_weight{of}": q_weight, f"k_weight{of}": k_weight})
 
 
-def _require_angles(qkv: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+def require_angles(qkv: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Raises ValueError unless cos and sin are both missing, or both hold an angle for each pair of a head's elements."""
     if cos is None or sin is None:
         if cos is sin:
             return
