@@ -194,6 +194,7 @@ def summary(lines: Sequence[Line], lost: Sequence[Lost], steps: int, first: floa
     wall = end - first + step
     again = sum(each.redone * step + each.begun for each in lost)
     pauses = sum(each.pause for each in lost)
+    rest = wall - steps * step - pauses - again
     return {
         "useful": steps * step / wall,
         "steps": steps,
@@ -202,15 +203,18 @@ def summary(lines: Sequence[Line], lost: Sequence[Lost], steps: int, first: floa
         "wall_seconds": wall,
         "pause_a_kill": {name: statistics.mean(getattr(each, name) for each in lost) for name in PARTS},
         "steps_redone_a_kill": again / len(lost) / step,
-        "slower_steps_saves_and_end_seconds": wall - steps * step - pauses - again,
-        "enough_from_step_seconds": enough_from(pauses / len(lost), again / len(lost) / step, steps / len(lost)),
+        "slower_steps_saves_and_end_seconds": rest,
+        "enough_from_step_seconds": enough_from(pauses / len(lost), again / len(lost) / step, steps / len(lost), rest / (steps * step)),
         "each": [{**asdict(each), "redone": each.redone} for each in lost],
     }
 
 
-def enough_from(pause: float, redone: float, apart: float) -> float | None:
-    """The step time s at which useful time reaches the target: apart s / (apart s + pause + redone s) = TARGET. None: at no step time."""
-    share = apart * (1 / TARGET - 1) - redone
+def enough_from(pause: float, redone: float, apart: float, rest: float) -> float | None:
+    """The step time s at which useful time reaches the target. None: at no step time.
+
+    apart s / (apart s (1 + rest) + pause + redone s) = TARGET, with `rest` (saves, slower steps, the end) as a share of the steps' time.
+    """
+    share = apart * (1 / TARGET - 1 - rest) - redone
     return pause / share if share > 0 else None
 
 
