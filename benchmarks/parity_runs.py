@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.networks import build_network, config_of, wake
-from fasttrain.cond import Cond
+from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.objective import Objective
 from fasttrain.diffusion.prediction import V
 from fasttrain.diffusion.schedule import Cosine
@@ -133,5 +133,5 @@ def _network(config: Transformer, variant: Variant, device: torch.device) -> nn.
 
 
 def _objective(config: Transformer, kernels: Kernels, device: torch.device) -> Objective:
-    settings = {"label_drop": 0.1, "null_label": config.null_label, "seed": torch.tensor(3, device=device), "kernels": kernels}
+    settings = {"label_drop": 0.1, "nothing": Nothing(config.null_label), "seed": torch.tensor(3, device=device), "kernels": kernels}
     return Objective(Cosine(), V(), MinSnr(), Stratified(), **settings)
