@@ -25,6 +25,7 @@ ONLY_IN = {
     "flash_attn": (("fasttrain/models/",), True),
     "diffusers": (("fasttrain/data/vae.py", "fasttrain/sampling/diffusers.py", "fasttrain/export.py"), False),
     "torchvision": ((), False),
+    "transformers": (("fasttrain/data/text/encoder.py",), True),
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "misc", "common"}
 

@@ -1,18 +1,15 @@
 """Stable Diffusion's kind of autoencoder, through diffusers: the only file that imports it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from fasttrain.data.index import VaeRecord
+from fasttrain.data.pretrained import first_line, folder_digest, pinned
 from fasttrain.errors import UserError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # What diffusers clamps log-variances to [DiagonalGaussianDistribution], so that exp never overflows.
 _LOGVAR_LIMITS = (-30.0, 20.0)
 
@@ -36,16 +33,13 @@ class Vae:
         Raises:
             UserError: diffusers is absent, no such folder, not an autoencoder, or a hub id without its commit.
         """
-        folder = Path(name)
-        local = folder.is_dir()
-        if not local:
-            _check_hub_id(name, revision)
-        model = _autoencoder(name, None if local else revision)
+        commit = pinned("--vae", name, revision, "an AutoencoderKL")
+        model = _autoencoder(name, commit)
         config = model.config
         record = VaeRecord(
-            id=folder.resolve().name if local else name,
-            revision=None if local else revision,
-            xxh3=_folder_digest(folder) if local else None,
+            id=Path(name).resolve().name if commit is None else name,
+            revision=commit,
+            xxh3=folder_digest(Path(name)) if commit is None else None,
             scaling_factor=float(config.scaling_factor),
             shift_factor=float(config.get("shift_factor") or 0.0),
         )
@@ -73,14 +67,6 @@ class Vae:
         return self.model.decode(latents.to(self.model.device, torch.float32)).sample.clamp(-1, 1)
 
 
-def _check_hub_id(name: str, revision: str | None) -> None:
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(f"--vae {name}: no such folder, nor a hub id (owner/name); give the folder of an AutoencoderKL")
-    if revision is None or not _COMMIT.fullmatch(revision):
-        told = f"--vae {name}: no such folder here; as a hub id it needs --vae-revision with the commit's 40 hexadecimal digits"
-        raise UserError(f"{told}{f' (got {revision!r})' if revision else ''}, because a branch may change")
-
-
 def _autoencoder(name: str, revision: str | None) -> Any:
     try:
         from diffusers import AutoencoderKL
@@ -97,13 +83,4 @@ def _autoencoder(name: str, revision: str | None) -> Any:
             low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--vae {name}: not an AutoencoderKL with safetensors weights ({str(error).splitlines()[0]})") from None
-
-
-def _folder_digest(folder: Path) -> str:
-    """xxh3 of the names and content of a model's files: which weights these are, wherever the folder lies."""
-    hasher = xxhash.xxh3_128()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")):
-        hasher.update(path.name.encode() + b"\0")
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()
+        raise UserError(f"--vae {name}: not an AutoencoderKL with safetensors weights ({first_line(error)})") from None

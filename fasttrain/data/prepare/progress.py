@@ -13,19 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 _LOOK_SECONDS = 0.5
 
 
-def speed(rate: float) -> str:
-    """Images a second, with digits enough for a slow encoder."""
-    return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2f} images/s"
+def speed(rate: float, unit: str = "images") -> str:
+    """Images, or whatever is made, a second, with digits enough for a slow encoder."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2f} {unit}/s"
 
 
 class FolderProgress:
     """A bar on a terminal, a plain line now and then elsewhere; `done()` tells how many samples are written."""
 
-    def __init__(self, what: str, total: int, done: Callable[[], int], line_seconds: float = 10.0):
+    def __init__(self, what: str, total: int, done: Callable[[], int], line_seconds: float = 10.0, unit: str = "images"):
         self._what = what
         self._total = total
         self._done = done
         self._line_seconds = line_seconds
+        self._unit = unit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._bar if sys.stderr.isatty() else self._lines, daemon=True)
 
@@ -47,7 +48,7 @@ class FolderProgress:
             while not ended:
                 ended = self._stop.wait(_LOOK_SECONDS)
                 done = self._done()
-                progress.update(task, completed=done, rate=speed((done - already) / (time.monotonic() - start)))
+                progress.update(task, completed=done, rate=speed((done - already) / (time.monotonic() - start), self._unit))
 
     def _lines(self) -> None:
         start, already = time.monotonic(), self._done()
@@ -55,4 +56,4 @@ class FolderProgress:
             done = self._done()
             rate = (done - already) / (time.monotonic() - start)
             left = f"{(self._total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
-            print(f"{self._what}: {done:,} of {self._total:,} ({speed(rate)}, {left})", file=sys.stderr, flush=True)
+            print(f"{self._what}: {done:,} of {self._total:,} ({speed(rate, self._unit)}, {left})", file=sys.stderr, flush=True)
