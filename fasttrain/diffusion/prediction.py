@@ -60,6 +60,16 @@ class V:
         return -sigma, alpha
 
 
+@PREDICTIONS.register("flow")
+@dataclass(frozen=True)
+class Flow:
+    """The velocity of the straight path, eps - x0 [Liu et al. 2022, Eq. 1; Esser et al. 2024]: (-1, 1). LightningDiT's is its negative."""
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) = (-1, 1)."""
+        return -torch.ones_like(alpha), torch.ones_like(sigma)
+
+
 def weight_factor(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
     """sigma^2 / D^2: turns a weight on the squared x0 error into the weight on the squared error of the target.
 

@@ -1,14 +1,13 @@
 """Noise schedules: alpha and sigma of `x_t = alpha_t x0 + sigma_t eps` in float64, and the way from a uniform number to a timestep.
 
-Nothing outside this file assumes a table: a continuous path (rectified flow: alpha = 1 - t, sigma = t) is one more class
-with the methods of `Schedule`.
+Nothing outside this file assumes a table: rectified flow is a continuous path with the same methods.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +19,9 @@ SCHEDULES = Registry("schedule")
 # No beta comes nearer to 1: alpha would reach 0 and the inverse of the step would not exist (Nichol and Dhariwal 2021, section 3.2).
 MAX_BETA = 0.999
 MOST_TIMESTEPS = 100_000
+MOST_TIMES = 1000  # larger than the images it was meant for is no schedule adapted to
+# Half the distance from 1 to the next float64 above: 1 - _EDGE is the largest below 1.
+_EDGE = 2.0**-53
 
 
 class Schedule(Protocol):
@@ -42,6 +44,19 @@ class Schedule(Protocol):
     def nearest(self, edm_sigma: Tensor) -> Tensor:
         """The timestep whose sigma / alpha is nearest to each of `edm_sigma` [N] float64."""
 
+    def spaced(self, steps: int) -> Tensor:
+        """At most `steps` timesteps [N] spread evenly, from the last one down, on the host: where a sampler without its own grid goes."""
+
+
+def _require_timesteps(given: int) -> None:
+    if not 2 <= given <= MOST_TIMESTEPS:
+        raise ValueError(f"num_timesteps must be at least 2 and at most {MOST_TIMESTEPS}, got {shown(given)}")
+
+
+def _require_ratio(key: str, given: float) -> None:
+    if not 1 / MOST_TIMES <= given <= MOST_TIMES:
+        raise ValueError(f"{key} is a ratio of image sizes and must lie between 1/{MOST_TIMES} and {MOST_TIMES}, got {shown(given)}")
+
 
 class _Table(NamedTuple):
     alpha: Tensor  # [T] float64
@@ -57,17 +72,20 @@ class DiscreteSchedule(ABC):
     Args:
         num_timesteps: T, at least 2.
         zero_terminal: shift and scale alpha so that the last timestep holds no data (SNR = 0) and the first stays as it is.
+        rescale: r = s' / s for images r times as large as those the betas are meant for: every SNR becomes SNR / r^2, so that an image
+            drowns in noise at the same timestep as its small version did                              [Berrada et al. 2024, Eq. 3]
 
     Raises:
-        ValueError: fewer than 2 timesteps.
+        ValueError: fewer than 2 timesteps, or a rescale that is no ratio of sizes.
     """
 
     num_timesteps: int = 1000
     zero_terminal: bool = False
+    rescale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_timesteps <= MOST_TIMESTEPS:
-            raise ValueError(f"num_timesteps must be at least 2 and at most {MOST_TIMESTEPS}, got {shown(self.num_timesteps)}")
+        _require_timesteps(self.num_timesteps)
+        _require_ratio("rescale", self.rescale)
 
     @abstractmethod
     def betas(self) -> Tensor:
@@ -93,6 +111,11 @@ class DiscreteSchedule(ABC):
         """The timestep of the nearest sigma / alpha, int64 [N] (EDM's `round_sigma`: Karras et al. 2022, appendix C.3.4)."""
         return (self._edm_sigmas(edm_sigma.device) - edm_sigma[:, None]).abs().argmin(dim=1)
 
+    def spaced(self, steps: int) -> Tensor:
+        """round(i T / steps) - 1 for i = steps .. 1, each once: int64, ending in noise ("trailing": Lin et al. 2023, Table 2)."""
+        ends = torch.arange(steps, 0, -1, dtype=torch.float64) * self.num_timesteps / steps
+        return torch.unique_consecutive((ends.round().long() - 1).clamp(min=0))
+
     def _edm_sigmas(self, device: torch.device) -> Tensor:
         table = self._on(device)
         return table.sigma / table.alpha
@@ -111,11 +134,18 @@ class DiscreteSchedule(ABC):
     def _table(self) -> _Table:
         alpha = (1 - self.betas()).cumprod(0).sqrt()
         if self.zero_terminal:
-            alpha = _rescaled(alpha)
-        return _Table(alpha, (1 - alpha**2).sqrt())
+            alpha = _ending_in_noise(alpha)
+        sigma = (1 - alpha**2).sqrt()
+        return _Table(alpha, sigma) if self.rescale == 1 else _rescaled(alpha, sigma, self.rescale)
 
 
-def _rescaled(alpha: Tensor) -> Tensor:
+def _rescaled(alpha: Tensor, sigma: Tensor, rescale: float) -> _Table:
+    """alpha_bar' = alpha_bar / (r^2 + alpha_bar (1 - r^2)): SNR / r^2, still variance preserving [Berrada et al. 2024, Eq. 3]."""
+    length = (alpha**2 + (rescale * sigma) ** 2).sqrt()
+    return _Table(alpha / length, rescale * sigma / length)
+
+
+def _ending_in_noise(alpha: Tensor) -> Tensor:
     """Zero terminal SNR: alpha' = (alpha - alpha_T) alpha_0 / (alpha_0 - alpha_T) [Lin et al. 2023, Algorithm 1]."""
     first, last = alpha[0], alpha[-1]
     return (alpha - last) * first / (first - last)
@@ -156,3 +186,54 @@ class ScaledLinear(DiscreteSchedule):
 
 def _scaled_to(num_timesteps: int, betas_of_1000: Tensor) -> Tensor:
     return (betas_of_1000 * (1000 / num_timesteps)).clamp(max=MAX_BETA)
+
+
+@SCHEDULES.register("flow")
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """The straight path from data to noise, in continuous time [Liu et al. 2022, section 2.1; Esser et al. 2024, Eq. 13].
+
+    alpha = 1 - t / T,  sigma = t / T,  t real in (0, T),     t = T s u / (1 + (s - 1) u) of a uniform number u  [Esser et al. 2024, Eq. 23]
+
+    Neither end is ever drawn, so that SNR and weights stay finite.
+
+    Args:
+        num_timesteps: T, the scale on which the model is told the time.
+        shift: s, which moves the draws and `spaced` towards noise. An SNR at u becomes SNR / s^2: for images s times as large it does
+            what `rescale` does for the discrete schedules.
+
+    Raises:
+        ValueError: fewer than 2 timesteps, or a shift that is no ratio of sizes.
+    """
+
+    num_timesteps: int = 1000
+    shift: float = 1.0
+
+    # Past these a sampler would see nothing but noise, or nothing but data.
+    edm_limits: ClassVar[tuple[float, float]] = (1e-3, 1e3)
+
+    def __post_init__(self) -> None:
+        _require_timesteps(self.num_timesteps)
+        _require_ratio("shift", self.shift)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - t / T and t / T, float64 [B]."""
+        sigma = t.double() / self.num_timesteps
+        return 1 - sigma, sigma
+
+    def timestep(self, u: Tensor) -> Tensor:
+        """T s u / (1 + (s - 1) u): float64 [B]."""
+        return self._shifted(u).clamp(_EDGE, 1 - _EDGE) * self.num_timesteps
+
+    def nearest(self, edm_sigma: Tensor) -> Tensor:
+        """The t with t / (T - t) = sigma / alpha: float64 [N]."""
+        return self.num_timesteps * edm_sigma / (1 + edm_sigma)
+
+    def spaced(self, steps: int) -> Tensor:
+        """u = i / steps for i = steps .. 1, shifted, within `edm_limits`: float64."""
+        least, most = self.nearest(torch.tensor(self.edm_limits, dtype=torch.float64))
+        u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+        return torch.unique_consecutive((self.num_timesteps * self._shifted(u)).clamp(least, most))
+
+    def _shifted(self, u: Tensor) -> Tensor:
+        return self.shift * u / (1 + (self.shift - 1) * u)

@@ -96,3 +96,16 @@ class SoftMinSnr:
     def __call__(self, snr: Tensor) -> Tensor:
         """gamma / (1 + gamma / snr): the same quotient, written so that both limits (0 and gamma) come out."""
         return self.gamma / (1 + self.gamma / snr)
+
+
+@WEIGHTINGS.register("flow")
+@dataclass(frozen=True)
+class Flow:
+    """w = (1 + alpha / sigma)^2: equal weights on the error of eps - x0, the plain loss of rectified flow [Esser et al. 2024, section 2].
+
+    From w sigma^2 / (alpha + sigma)^2 = 1; unbounded as sigma -> 0.
+    """
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """(1 + sqrt(snr))^2."""
+        return (1 + snr.sqrt()) ** 2

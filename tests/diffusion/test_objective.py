@@ -20,7 +20,7 @@ from fasttrain.diffusion.schedule import SCHEDULES
 from fasttrain.diffusion.timesteps import TIMESTEPS
 from fasttrain.diffusion.weighting import WEIGHTINGS
 from fasttrain.errors import UserError
-from tests.diffusion.extensions import Flow, Straight
+from tests.diffusion.tables import TABLES
 
 SEED = torch.tensor(99)
 NULL = 10
@@ -85,8 +85,9 @@ def in_plain_torch(prediction: str, weighting: str, weight: Tensor) -> tuple[Ten
     x_t = alpha * x0 + sigma * eps
     snr = (alpha / sigma) ** 2
     w = {"const": snr**0, "snr": snr, "max_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=5), "soft_min_snr": 5 * snr / (5 + snr)}
-    target = {"x0": x0.double(), "eps": eps, "v": alpha * eps - sigma * x0}[prediction]
-    divisor = {"x0": snr**0, "eps": snr, "v": snr + 1}[prediction]
+    w["flow"] = ((alpha + sigma) / sigma) ** 2
+    target = {"x0": x0.double(), "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
+    divisor = {"x0": snr**0, "eps": snr, "v": snr + 1, "flow": ((alpha + sigma) / sigma) ** 2}[prediction]
     error = (weight.double() * x_t - target) ** 2
     return (w[weighting] / divisor * error).mean(), error.mean(dim=(1, 2, 3))
 
@@ -234,27 +235,43 @@ def test_zero_terminal_snr_gives_finite_losses(prediction: str, weighting: str) 
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS.names())
-@pytest.mark.parametrize("schedule", SCHEDULES.names())
+@pytest.mark.parametrize("schedule", TABLES)
 def test_eps_with_zero_terminal_snr_is_refused_by_name(schedule: str, weighting: str) -> None:
     with pytest.raises(UserError, match=f"prediction 'eps' is undefined under schedule '{schedule}'.*zero_terminal"):
         build({"name": schedule, "zero_terminal": True}, "eps", weighting)
 
 
-def test_an_unbounded_weight_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCHEDULES._classes, "straight", Straight)
-    with pytest.raises(UserError, match=r"weighting 'snr' is not finite for prediction 'x0'.*'straight': set weighting to min_snr"):
-        build("straight", "x0", "snr")
+UNBOUNDED = {("x0", "snr"), ("x0", "max_snr"), ("x0", "flow"), ("eps", "const"), ("eps", "max_snr"), ("eps", "flow")}
 
 
-def test_a_continuous_path_and_its_target_need_nothing_else() -> None:
-    """Rectified flow with constant weight on x0: the weight on u is sigma^2, since alpha + sigma = 1."""
-    objective = Objective(Straight(), Flow(), WEIGHTINGS.build("const"), TIMESTEPS.build("uniform"), nothing=Nothing(), seed=SEED)
-    got = objective(Recorder(), *batch())
+@pytest.mark.parametrize("weighting", WEIGHTINGS.names())
+@pytest.mark.parametrize("prediction", PREDICTIONS.names())
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_every_weighting_trains_rectified_flow_or_is_refused_by_name(prediction: str, weighting: str, shift: float) -> None:
+    """Unbounded is: on x0 what grows with SNR, without noise; on eps what does not vanish with SNR, without data."""
+    schedule = {"name": "flow", "shift": shift}
+    if (prediction, weighting) in UNBOUNDED:
+        told = f"weighting '{weighting}' grows without bound for prediction '{prediction}' under schedule 'flow': set weighting to min_snr"
+        with pytest.raises(UserError, match=told):
+            build(schedule, prediction, weighting)
+    else:
+        loss = build(schedule, prediction, weighting)(Recorder(), *batch())
+        assert loss.loss.isfinite() and loss.mse.isfinite().all() and loss.t.dtype == torch.float64
+
+
+def test_the_weighting_flow_is_rectified_flow_s_plain_loss() -> None:
+    loss = build("flow", "flow", "flow", "logit_normal")(Recorder(), *batch())
+    torch.testing.assert_close(loss.weighted, loss.mse, rtol=1e-6, atol=0)
+
+
+def test_rectified_flow_s_loss() -> None:
+    """With constant weight on x0 the weight on u is sigma^2, since alpha + sigma = 1."""
+    got = build("flow", "flow", "const")(Recorder(), *batch())
     x0, _, position = batch()
     t = uniform(SEED, position, Purpose.TIMESTEP)
     eps, s = normal(SEED, position, (3, 4, 4)).double(), t[:, None, None, None]
     error = (0.7 * ((1 - s) * x0 + s * eps) - (eps - x0)) ** 2
-    assert torch.equal(got.t, t)
+    assert torch.equal(got.t, 1000 * t)
     torch.testing.assert_close(got.loss.double(), (s**2 * error).mean(), rtol=2e-6, atol=0)
 
 

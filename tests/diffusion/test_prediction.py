@@ -8,20 +8,17 @@ from fasttrain.diffusion.objective import target_weight
 from fasttrain.diffusion.prediction import PREDICTIONS, to_eps, to_x0, weight_factor
 from fasttrain.diffusion.schedule import SCHEDULES
 from fasttrain.diffusion.weighting import WEIGHTINGS, signal_to_noise
-from tests.diffusion.extensions import Flow
 
-PATHS = [*SCHEDULES.names(), "straight", "off"]
-TARGETS = {**{name: PREDICTIONS.build(name) for name in PREDICTIONS.names()}, "flow": Flow()}
+PATHS = [*SCHEDULES.names(), "off"]
+TARGETS = {name: PREDICTIONS.build(name) for name in PREDICTIONS.names()}
 
 
 def path(name: str) -> tuple[Tensor, Tensor]:
-    """alpha and sigma: of a schedule, of rectified flow, or of a pair that no schedule has."""
+    """alpha and sigma: of a schedule, or of a pair that no schedule has."""
     if name == "off":
         return torch.tensor([0.7, 0.8], dtype=torch.float64), torch.tensor([0.3, 0.6], dtype=torch.float64)
-    if name == "straight":
-        t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
-        return 1 - t, t
-    return SCHEDULES.build(name).alpha_sigma(torch.tensor([0, 1, 130, 261, 500, 900, 990]))
+    timesteps = torch.linspace(50, 950, 19, dtype=torch.float64) if name == "flow" else torch.tensor([0, 1, 130, 261, 500, 900, 990])
+    return SCHEDULES.build(name).alpha_sigma(timesteps)
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
@@ -89,3 +86,17 @@ def test_pure_targets_need_no_division_at_the_ends() -> None:
     x_t = column(alpha) * x0 + column(sigma) * eps
     assert torch.equal(to_x0(PREDICTIONS.build("x0"), x0, x_t, alpha, sigma), x0)
     assert torch.equal(to_eps(PREDICTIONS.build("eps"), eps, x_t, alpha, sigma), eps)
+
+
+def test_the_flow_target_is_stable_diffusion_3_s_and_the_negative_of_lightning_dit_s() -> None:
+    """At our t = 0.7 T, by hand: z = 0.3 x0 + 0.7 eps, eps - x0 [SD3]; LightningDiT's time runs from noise, 0.3, and its v is x0 - eps."""
+    alpha, sigma = SCHEDULES.build("flow").alpha_sigma(torch.tensor([700.0]))
+    assert (alpha.item(), sigma.item()) == pytest.approx((0.3, 0.7), rel=1e-15)
+    x0, eps = torch.tensor([[2.0]]).double(), torch.tensor([[-1.0]]).double()
+    x_t = alpha * x0 + sigma * eps
+    assert x_t.item() == pytest.approx(-0.1)
+    a, b = TARGETS["flow"].coefficients(alpha, sigma)
+    assert (a * x0 + b * eps).item() == -3.0
+    u = torch.tensor([[-3.0]])
+    assert to_x0(TARGETS["flow"], u, x_t, alpha, sigma).item() == pytest.approx(2.0)  # x_t - sigma u
+    assert to_eps(TARGETS["flow"], u, x_t, alpha, sigma).item() == pytest.approx(-1.0)  # x_t + alpha u

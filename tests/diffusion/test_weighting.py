@@ -24,6 +24,7 @@ def weights(weighting: str, prediction: str) -> torch.Tensor:
         ("max_snr", 1, 2, 7, INF),
         ("min_snr", 0, 2, 5, 5),
         ("soft_min_snr", 0, 10 / 7, 35 / 12, 5),
+        ("flow", 1, (1 + 2**0.5) ** 2, (1 + 7**0.5) ** 2, INF),
     ],
 )
 def test_formula_and_limits(name: str, at_zero: float, at_two: float, at_seven: float, at_infinity: float) -> None:
