@@ -136,14 +136,13 @@ def _model(option: str, name: str, commit: str | None) -> Any:
         from transformers import AutoConfig, CLIPTextModel, CLIPTextModelWithProjection
     except ImportError as error:
         raise UserError(f"{option} needs transformers ({error}): pip install 'fasttrain[text]'") from None
-    where = {"revision": commit, "local_files_only": commit is None}
     try:
-        named = AutoConfig.from_pretrained(name, **where).architectures or ["none"]
+        named = AutoConfig.from_pretrained(name, **_where(commit)).architectures or ["none"]
         if named[0] not in _PROJECTED:
             raise UserError(f"{option} {name}: its config names {named[0]}; give {_WHAT} ({', '.join(_PROJECTED)})")
-        kind = CLIPTextModelWithProjection if _PROJECTED[named[0]] else CLIPTextModel
+        kind: Any = CLIPTextModelWithProjection if _PROJECTED[named[0]] else CLIPTextModel
         # Safetensors only: the other format is a pickle, which runs code.
-        model, found = kind.from_pretrained(name, **where, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        model, found = kind.from_pretrained(name, **_where(commit), use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{option} {name}: not {_WHAT}, in safetensors ({first_line(error)})") from None
     if missing := sorted(found["missing_keys"]):
@@ -159,9 +158,14 @@ def _tokenizer(option: str, name: str, commit: str | None) -> Any:
         told = "no tokenizer in it (tokenizer.json, or vocab.json and merges.txt); copy the tokenizer's files beside the weights"
         raise UserError(f"{option} {name}: {told}")
     try:
-        return CLIPTokenizer.from_pretrained(name, revision=commit, local_files_only=commit is None)
+        return CLIPTokenizer.from_pretrained(name, **_where(commit))
     except Exception as error:  # the tokenizers library raises plain Exception where a file is damaged
         raise UserError(f"{option} {name}: its tokenizer cannot be read ({first_line(error)}); restore its files") from None
+
+
+def _where(commit: str | None) -> dict[str, Any]:
+    """Where transformers looks: in a folder alone, or on the hub at a commit."""
+    return {"local_files_only": True} if commit is None else {"revision": commit}
 
 
 def _projection(model: Any) -> Any:
