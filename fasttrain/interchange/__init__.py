@@ -1,0 +1,1 @@
+"""Weights that come from elsewhere or go elsewhere: other runs, other layouts of names, diffusers' folders."""
