@@ -24,6 +24,7 @@ SOURCES = {
     "digits": ("fasttrain.data.prepare.digits", "scikit-learn's 1,797 handwritten digits"),
     "images": ("fasttrain.data.prepare.images", "a tree of class folders, or a tar of one"),
     "latents": ("fasttrain.data.prepare.latents", "the same, encoded by a VAE"),
+    "text": ("fasttrain.data.prepare.text", "the captions of a set, encoded by a text encoder"),
 }
 
 
@@ -90,7 +91,7 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
         prog="fasttrain", description="Trains diffusion transformers to a given image quality in the least GPU time."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    prepare = commands.add_parser("prepare", help="turn images into shards")
+    prepare = commands.add_parser("prepare", help="turn images into shards, and their captions into text for training")
     sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
     own, _ = _divided(given)
     for group, entries in ((commands, COMMANDS), (sources, SOURCES)):

@@ -167,10 +167,10 @@ def _has_header(path: Path, shard: Shard, index: Index) -> bool:
     """The first sample's own npy header must agree with the index: an index of another set would give plausible noise."""
     with path.open("rb") as file:
         file.seek(shard.offset - NPY_HEADER)
-        return file.read(NPY_HEADER) == _header(index.shape, index.dtype)
+        return file.read(NPY_HEADER) == npy_header(index.shape, index.dtype)
 
 
-def _header(shape: tuple[int, ...], dtype: str) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
     """As numpy writes it. Compared, not parsed: parsing uses Python's own parser, which two threads at once can crash in Python 3.11."""
     file = io.BytesIO()
     described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}

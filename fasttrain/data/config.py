@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fasttrain.data.remote.addresses import refuse_secrets
+from fasttrain.data.text.padding import TextPadding
 from fasttrain.registry import shown
 
 
@@ -18,7 +19,11 @@ class DataConfig(BaseModel):
     normalise: latents to zero mean and unit variance by `channel`, or by the VAE's own factor as the papers did (`vae`).
     streams, window_shards: the order's locality. threads: gathering batches; 0 gathers in the caller. ahead: batches kept ready.
     verify: compare each shard's digest once, when it is first touched. max_damaged: the share of samples that may be unreadable, and be
-    replaced by others, before the run stops. size: of images of shards made elsewhere, which are cropped and resized to it.
+    replaced by others, before the run stops.
+    size: pixels a side that the model sees. Images of shards made elsewhere are cropped and resized to it; prepared ones that are stored
+    larger are averaged down to it, whole or, with crop_scale, in crops of [least, most] of their area, anew at each visit.
+    text: folder or URL that `fasttrain prepare text` wrote, for a model of text (null: `text` inside the set). text_padding: what stands
+    behind a caption.
     cache, cache_gib: folder and bound of what is kept of remote shards and of indexes (default: $FASTTRAIN_CACHE or ~/.cache/fasttrain).
     retry_seconds: how long a passing failure of a remote store is tried again before the run stops.
     """
@@ -37,12 +42,15 @@ class DataConfig(BaseModel):
     verify: bool = True
     max_damaged: float = Field(default=0.01, ge=0, le=1)
     size: int | None = Field(default=None, gt=0, le=2**14)
+    crop_scale: tuple[float, float] | None = None
+    text: str | None = None
+    text_padding: TextPadding = TextPadding()
     cache: str | None = None
     cache_gib: float = Field(default=64, gt=0, le=2**30)
     retry_seconds: float = Field(default=300, ge=0, le=1e7)
     allow_pipe: bool = False
 
-    @field_validator("train", "vae", "cache")
+    @field_validator("train", "vae", "cache", "text")
     @classmethod
     def _is_a_place(cls, given: str | None) -> str | None:
         """Messages name it: a terminal must be able to show it."""
@@ -50,8 +58,16 @@ class DataConfig(BaseModel):
             raise ValueError(f"give a place in printable characters, not {shown(given)}")
         return given
 
-    @field_validator("train")
+    @field_validator("train", "text")
     @classmethod
-    def _carries_no_secret(cls, train: str) -> str:
-        refuse_secrets(train)
-        return train
+    def _carries_no_secret(cls, place: str | None) -> str | None:
+        if place is not None:
+            refuse_secrets(place)
+        return place
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _is_a_scale(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"give two shares of the area, [least, most], with 0 < least <= most <= 1, not {list(scale)}")
+        return scale

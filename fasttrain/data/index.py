@@ -3,6 +3,8 @@
     index.json      format, kind, shapes, classes, source, VAE, and each shard's size, digest, first offset and stride
     labels.npy      int64 [samples], in the order of the sample_ids
     digests.npy     uint64 [samples], xxh3 of each sample's array: what a damaged shard still holds is known by them
+    facts.npy       float32 [samples, facts], what was recorded of each image; see facts.py
+    captions.jsonl  where the images came with captions: one JSON string a sample, null where an image had none
     shard-00000.tar ...
 
 Samples of a set all have one shape, and webdataset's writer stores a sample as `KEY.cls` and then `KEY.npy`, each padded to the tar's
@@ -22,10 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 INDEX_FILE = "index.json"
 LABELS_FILE = "labels.npy"
 DIGESTS_FILE = "digests.npy"
+FACTS_FILE = "facts.npy"
+CAPTIONS_FILE = "captions.jsonl"
 # What numpy writes before the arrays of this project: magic, version, a dictionary, padded to 64.
 NPY_HEADER = 128
 DIGEST = r"^[0-9a-f]{32}$"
@@ -63,11 +67,33 @@ class VaeRecord(_Strict):
     shift_factor: float = 0.0
 
 
+class TextRecord(_Strict):
+    """Which text encoder made a set's text, and what it made.
+
+    Attributes:
+        id: the encoder's hub id, with its revision, or the name of its folder, with the digest of its content (xxh3).
+        tokens: M, places of a caption.
+        width: E, of a token.
+        pooled: P, of the pooled vector.
+        text_xxh3: digest of all of the text: runs with the same one read the same.
+    """
+
+    id: str
+    revision: str | None = None
+    xxh3: str | None = Field(default=None, pattern=DIGEST)
+    tokens: int = Field(ge=1)
+    width: int = Field(ge=1)
+    pooled: int = Field(ge=1)
+    text_xxh3: str = Field(pattern=DIGEST)
+
+
 class Index(_Strict):
     """The content of `index.json`.
 
     shape is one sample's: [C, H, W] of a uint8 image, or [views, 2, C, h, w] of latents: plain and flipped view, mean and log-variance.
     latent_shift and latent_scale [C] make the latents' channels zero-mean and unit-variance: x0 = (z - shift) * scale.
+    pixels is the side of the square image, before an autoencoder; facts names the columns of facts.npy.
+    text is set in a run's own copy alone, where the run reads text: it says which.
     """
 
     format: int
@@ -82,7 +108,12 @@ class Index(_Strict):
     source: Source
     labels_xxh3: str = Field(pattern=DIGEST)
     digests_xxh3: str = Field(pattern=DIGEST)
+    pixels: int = Field(ge=1)
+    facts: tuple[str, ...] = Field(default=(), strict=False)
+    facts_xxh3: str | None = Field(default=None, pattern=DIGEST)
+    captions_xxh3: str | None = Field(default=None, pattern=DIGEST)
     vae: VaeRecord | None = None
+    text: TextRecord | None = None
     latent_shift: tuple[float, ...] | None = Field(default=None, strict=False)
     latent_scale: tuple[float, ...] | None = Field(default=None, strict=False)
     shards: tuple[Shard, ...] = Field(min_length=1, strict=False)
@@ -93,6 +124,8 @@ class Index(_Strict):
             raise ValueError(f"num_classes is {self.num_classes}, but {len(self.classes)} classes are named")
         if self.samples != sum(shard.samples for shard in self.shards):
             raise ValueError("the shards' samples do not add up to `samples`")
+        if len(set(self.facts)) != len(self.facts) or (self.facts_xxh3 is None) != (not self.facts):
+            raise ValueError("facts are named once each, and facts_xxh3 goes with them")
         self._check_kind()
         for shard in self.shards if self.layout == "arrays" else ():
             last = shard.offset + (shard.samples - 1) * shard.stride + self.sample_bytes

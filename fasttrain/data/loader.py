@@ -9,7 +9,7 @@ first position is all there is to resume from, and the order knows neither threa
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -21,10 +21,13 @@ from fasttrain_kernels.latent_noising import Posterior
 from torch import Tensor
 
 from fasttrain.cond import Cond
+from fasttrain.data.conditions import Captions, Conditions, Controls
 from fasttrain.data.config import DataConfig
+from fasttrain.data.crops import Crops, crops_of
 from fasttrain.data.order import HeldOut, Order, SampleOrder
 from fasttrain.data.shards import ShardSet
 from fasttrain.data.substitutes import replace_unreadable
+from fasttrain.data.text.table import TextTable
 from fasttrain.data.transform import build_transform
 from fasttrain.errors import UserError
 
@@ -43,9 +46,9 @@ class Batch(NamedTuple):
 
 
 class _Raw(NamedTuple):
-    """A gathered batch on its way: stored, labels and position are on the device once `copied` has passed."""
+    """A gathered batch on its way: what is on the device, by name, once `copied` has passed."""
 
-    on_device: list[Tensor]
+    on_device: dict[str, Tensor]
     sample_id: Tensor
     replaced: int
     copied: torch.cuda.Event | None
@@ -62,10 +65,12 @@ class Loader:
     Args:
         shards: what to read.
         order: which sample stands at which position.
-        transform: (stored [B, *shape], position [B]) on the device -> x0 [B, C, H, W] fp32, or what it is drawn from.
+        transform: (stored or cut [B, *shape], position [B]) on the device -> x0 [B, C, H, W] fp32, or what it is drawn from.
         device: where batches go; on CUDA through pinned memory and a stream of its own.
         threads: that gather; 0 gathers in the caller. Any number gives the same batches in the same order.
         ahead: batches gathered before they are asked for, where there are threads.
+        conditions: what samples come with; default: their labels alone.
+        crops: what the model sees of stored images; None: all of them, as they are.
 
     Attributes:
         replaced: positions given so far whose sample could not be read, and was replaced by another.
@@ -79,10 +84,13 @@ class Loader:
         device: torch.device | str = "cpu",
         threads: int = 1,
         ahead: int = 4,
+        conditions: Conditions | None = None,
+        crops: Crops | None = None,
     ):
         self.shards = shards
         self.order = order
         self.transform = transform
+        self.conditions, self.crops = conditions or Conditions(), crops
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fasttrain-loader") if threads else None
@@ -108,7 +116,9 @@ class Loader:
             first = int(positions[0])
             if self.order.stretch(first) != said:
                 said = self.order.stretch(first)
-                self.shards.ahead(self.order.shards_ahead(first, rank, world_size))
+                coming = self.order.shards_ahead(first, rank, world_size)
+                self.shards.ahead(coming)
+                self.conditions.ahead(self.shards.spans(coming))
             yield positions
 
     def _raw(self, jobs: Iterator[np.ndarray]) -> Iterator[_Raw]:
@@ -128,14 +138,19 @@ class Loader:
     def _gather(self, positions: np.ndarray) -> _Raw:
         ids = self.order.sample_ids(positions)
         ids, found, replaced = replace_unreadable(self.shards.gather, self.order.substitutes, positions, ids)
-        on_device, copied = self._copy([torch.from_numpy(array) for array in (found.arrays, found.labels, positions)])
+        host = {"stored": found.arrays, "labels": found.labels, "position": positions}
+        box = None if self.crops is None else self.crops.boxes(positions)
+        if box is not None:
+            host["box"] = box
+        host |= self.conditions.gather(ids, box)
+        on_device, copied = self._copy({name: torch.from_numpy(array) for name, array in host.items()})
         return _Raw(on_device, torch.from_numpy(ids), replaced, copied)
 
-    def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    def _copy(self, host: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         if self._stream is None:
             return host, None
         with torch.cuda.stream(self._stream):
-            moved = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in host]
+            moved = {name: tensor.pin_memory().to(self.device, non_blocking=True) for name, tensor in host.items()}
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return moved, copied
@@ -144,12 +159,15 @@ class Loader:
         if raw.copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(raw.copied)
-            for tensor in raw.on_device:
+            for tensor in raw.on_device.values():
                 # The copy's stream owns this memory: it must not be used again before the consumer's stream is done with it.
                 tensor.record_stream(current)
-        stored, labels, position = raw.on_device
+        arrays = raw.on_device
         self.replaced += raw.replaced
-        return Batch(self.transform(stored, position), Cond(labels), position, raw.sample_id)
+        stored, position = arrays["stored"], arrays["position"]
+        images = stored if self.crops is None else self.crops.cut(stored, arrays["box"])
+        cond = self.conditions.finish(arrays["labels"], arrays, position)
+        return Batch(self.transform(images, position), cond, position, raw.sample_id)
 
     def close(self) -> None:
         """Ends the threads; batches not yet gathered are dropped."""
@@ -163,33 +181,62 @@ class Loader:
         self.close()
 
 
-def training_loader(config: DataConfig, shards: ShardSet, seed: Tensor, kernels: Kernels | None = None) -> Loader:
+def training_loader(
+    config: DataConfig,
+    shards: ShardSet,
+    seed: Tensor,
+    kernels: Kernels | None = None,
+    controls: Iterable[str] = (),
+    text: TextTable | None = None,
+) -> Loader:
     """The loader of a run's training samples, on the seed's device.
 
     Args:
         config: the `data:` section.
         shards: ShardSet.open(config.train, config).
-        seed: [] int64 of the run; keys the order and the flips of images.
+        seed: [] int64 of the run; keys the order, the crops and the flips of images.
         kernels: the implementation of each operation; default: auto for all.
+        controls: names of `cond.CONTROLS` that the model takes.
+        text: the samples' captions, for a model that takes them.
 
     Raises:
-        UserError: nothing left to train on beside the held-out samples.
+        UserError: nothing left to train on beside the held-out samples; or data that cannot be cropped so, or lacks a control.
     """
     kept = len(shards) - config.held_out
     if kept < 1:
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; leave some to train on")
     order = Order(kept, shards.index.shard_samples, int(seed), config.streams, config.window_shards)
-    transform = build_transform(shards.index, seed, config.flip, config.normalise, (kernels or Kernels()).of("uniform"))
-    return Loader(shards, order, transform, seed.device, config.threads, config.ahead)
+    return _loader(config, shards, order, config.flip, seed, (kernels or Kernels()).of("uniform"), controls, text)
 
 
-def held_out_loader(config: DataConfig, shards: ShardSet, seed: Tensor) -> Loader:
-    """The loader of the held-out samples, never mirrored: position n is the n-th of them, over and over.
+def held_out_loader(
+    config: DataConfig, shards: ShardSet, seed: Tensor, controls: Iterable[str] = (), text: TextTable | None = None
+) -> Loader:
+    """The loader of the held-out samples, never mirrored: position n is the n-th of them, over and over. Arguments as `training_loader`.
 
     Raises:
         UserError: data.held_out is 0, or more than there are.
     """
     if not 0 < config.held_out <= len(shards):
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; give 1 or more, and leave some")
-    transform = build_transform(shards.index, seed, flip=False, normalise=config.normalise)
-    return Loader(shards, HeldOut(len(shards), config.held_out, int(seed)), transform, seed.device, config.threads, config.ahead)
+    return _loader(config, shards, HeldOut(len(shards), config.held_out, int(seed)), False, seed, "auto", controls, text)
+
+
+def _loader(
+    config: DataConfig,
+    shards: ShardSet,
+    order: SampleOrder,
+    flip: bool,
+    seed: Tensor,
+    impl: str,
+    controls: Iterable[str],
+    text: TextTable | None,
+) -> Loader:
+    transform = build_transform(shards.index, seed, flip, config.normalise, impl)
+    crops = crops_of(config, shards.index, int(seed))
+    size = crops.size if crops else shards.index.pixels
+    conditions = Conditions(
+        captions=Captions(text, config.text_padding, seed) if text else None,
+        controls=Controls(shards, controls, size, flip, seed, impl) if controls else None,
+    )
+    return Loader(shards, order, transform, seed.device, config.threads, config.ahead, conditions, crops)

@@ -1,6 +1,7 @@
 """A set of shards, prepared or made elsewhere: samples by their ids, whole batches at a time, with what of them could not be read."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -8,16 +9,24 @@ from typing import Protocol
 import numpy as np
 
 from fasttrain.data.arrays import REMEDY, ArrayReader
+from fasttrain.data.columns import read_column
 from fasttrain.data.config import DataConfig
 from fasttrain.data.damage import Damage
 from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.data.foreign.opening import open_foreign
 from fasttrain.data.foreign.pattern import pattern_of
-from fasttrain.data.index import DIGESTS_FILE, INDEX_FILE, LABELS_FILE, Index, index_of, read_index
+from fasttrain.data.index import (
+    CAPTIONS_FILE,
+    DIGESTS_FILE,
+    FACTS_FILE,
+    INDEX_FILE,
+    LABELS_FILE,
+    Index,
+    index_of,
+    read_index,
+)
 from fasttrain.data.remote.store import open_files
 from fasttrain.data.substitutes import Gathered
-from fasttrain.errors import UserError
-from fasttrain.files import digest
 
 
 class Reader(Protocol):
@@ -37,11 +46,14 @@ class ShardSet:
         labels: int64 [samples].
         reader: of their rows.
         damage: what was found unreadable.
+        read_facts: gives what was recorded of the samples when it is wanted, float32 [samples, F], in the order of `index.facts`.
     """
 
-    def __init__(self, files: ShardFiles, index: Index, labels: np.ndarray, reader: Reader, damage: Damage):
+    def __init__(
+        self, files: ShardFiles, index: Index, labels: np.ndarray, reader: Reader, damage: Damage, read_facts: Callable[[], np.ndarray]
+    ):
         self.files, self.index, self.labels, self.damage = files, index, labels, damage
-        self._reader = reader
+        self._reader, self._read_facts = reader, read_facts
         self._first = np.concatenate([[0], np.cumsum(index.shard_samples)])
 
     @classmethod
@@ -58,18 +70,21 @@ class ShardSet:
         """
         config = config or DataConfig(train=str(place))
         pattern = pattern_of(str(place))
-        return cls(*open_foreign(pattern, config, alive)) if pattern else cls._prepared(place, config)
+        if pattern is None:
+            return cls._prepared(place, config)
+        files, index, labels, reader, damage, facts = open_foreign(pattern, config, alive)
+        return cls(files, index, labels, reader, damage, lambda: facts)
 
     @classmethod
     def _prepared(cls, place: str | Path, config: DataConfig) -> "ShardSet":
-        files = open_files(str(place), config, (INDEX_FILE, LABELS_FILE, DIGESTS_FILE))
+        files = open_files(str(place), config, (INDEX_FILE, LABELS_FILE, DIGESTS_FILE, FACTS_FILE, CAPTIONS_FILE))
         index = read_index(files.folder) if isinstance(files, LocalFiles) else index_of(files)
-        labels = _read_column(files, LABELS_FILE, index.labels_xxh3, np.int64, index.samples)
-        digests = _read_column(files, DIGESTS_FILE, index.digests_xxh3, np.uint64, index.samples)
+        labels = read_column(files, LABELS_FILE, index.labels_xxh3, np.int64, (index.samples,))
+        digests = read_column(files, DIGESTS_FILE, index.digests_xxh3, np.uint64, (index.samples,))
         damage = Damage(files.place, index.samples, config.max_damaged, REMEDY)
         reader = ArrayReader(files, index, digests, config.verify, config.retry_seconds, damage)
         reader.look()
-        return cls(files, index, labels, reader, damage)
+        return cls(files, index, labels, reader, damage, partial(_read_facts, files, index))
 
     def __len__(self) -> int:
         return self.index.samples
@@ -100,6 +115,19 @@ class ShardSet:
                 readable[places] = good
         return Gathered(out, self.labels[ids], readable)
 
+    def facts(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """What was recorded of all samples, by name: float32 [samples] each, read and verified now.
+
+        Raises:
+            UserError: facts.npy is missing or damaged.
+        """
+        recorded = self._read_facts() if names else None
+        return {} if recorded is None else {name: recorded[:, self.index.facts.index(name)] for name in names}
+
+    def spans(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """The first sample_id of each of these shards, and the one behind its last."""
+        return [(int(self._first[number]), int(self._first[number + 1])) for number in numbers]
+
     def ahead(self, numbers: Sequence[int]) -> None:
         """Says which shards are wanted next, most urgent first; returns at once."""
         self.files.ahead([self.index.shards[number].file for number in numbers])
@@ -109,22 +137,7 @@ class ShardSet:
         self.files.close()
 
 
-def _read_column(files: ShardFiles, name: str, wanted: str, dtype: type, samples: int) -> np.ndarray:
-    """One array of the set, a value a sample, verified."""
-    told = f"{files.place}/{name}"
-    while True:
-        try:
-            path = files.path(name)
-        except FileNotFoundError:
-            raise UserError(f"{told}: missing; {REMEDY}") from None
-        if digest(path) == wanted:
-            break
-        if not files.renew(name):
-            raise UserError(f"{told}: its content is not what was prepared (xxh3 differs); {REMEDY}")
-    try:
-        column = np.load(path, allow_pickle=False)
-    except ValueError as error:  # no array, or a pickle that calls itself one
-        raise UserError(f"{told}: cannot be read: {error}; {REMEDY}") from None
-    if column.dtype != dtype or column.shape != (samples,):
-        raise UserError(f"{told}: holds {column.dtype} {column.shape} where the index says {samples} values; {REMEDY}")
-    return column
+def _read_facts(files: ShardFiles, index: Index) -> np.ndarray:
+    if index.facts_xxh3 is None:
+        return np.empty((index.samples, 0), np.float32)
+    return read_column(files, FACTS_FILE, index.facts_xxh3, np.float32, (index.samples, len(index.facts)))

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 from fasttrain.data.prepare.digits import prepare_digits
+from fasttrain.data.prepare.text import prepare_text
+from fasttrain.data.text.encoder import TextEncoder
+from tests.data.text.tiny_encoder import write_tiny_encoder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,3 +80,23 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vae") / "tiny-vae"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP text encoder with a projection: 32 places, tokens of 32, pooled 24."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fasttrain[text]'")
+    return write_tiny_encoder(tmp_path_factory.mktemp("encoder") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_folder: Path) -> TextEncoder:
+    return TextEncoder.load(str(encoder_folder))
+
+
+@pytest.fixture(scope="session")
+def prepared_text(prepared_digits: Path, encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' text in four parts: eleven captions, three in a part."""
+    out = tmp_path_factory.mktemp("text") / "text"
+    prepare_text(str(prepared_digits), out, encoder, "the digit {}", part_size=3, batch=2)
+    return out

@@ -85,7 +85,7 @@ def _edit(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"format": 1}, "format 1, but this fasttrain reads format 2"),
+        ({"format": 2}, "format 2, but this fasttrain reads format 3"),
         ({"samples": 1796}, "do not add up"),
         ({"num_classes": 9}, "num_classes is 9, but 10 classes are named"),
         ({"shape": [1, 8, 800]}, "do not lie inside"),

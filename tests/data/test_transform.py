@@ -68,7 +68,8 @@ def test_to_latents_undoes_the_scaling():
 def _latent_index() -> Index:
     return Index.model_validate(
         {
-            "format": 2,
+            "format": 3,
+            "pixels": 32,
             "kind": "latent",
             "samples": 1,
             "rejected": 0,

@@ -7,18 +7,21 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from fasttrain.data.config import DataConfig
 from fasttrain.data.damage import Damage
+from fasttrain.data.facts import RECORDED
 from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.data.foreign.indexing import first_listing, index_folder, index_shards
 from fasttrain.data.foreign.parts import Part
 from fasttrain.data.foreign.pattern import Pattern
 from fasttrain.data.foreign.reader import MemberReader
 from fasttrain.data.index import FORMAT, Index, Shard, Source
+from fasttrain.data.prepare.pixels import centre_facts
 from fasttrain.data.remote.addresses import shown
 from fasttrain.data.remote.store import cache_folder, open_files
 from fasttrain.errors import UserError
@@ -28,10 +31,38 @@ _UNLABELLED = "samples without a label, where others have one"
 _NAMED = 5
 
 
-def open_foreign(
-    pattern: Pattern, config: DataConfig, alive: Callable[[], None]
-) -> tuple[ShardFiles, Index, np.ndarray, MemberReader, Damage]:
-    """The set that a pattern names.
+class Foreign(NamedTuple):
+    """What was found of a set: where it is, its shards' parts by name, whether it has classes, and the folder of its index."""
+
+    files: ShardFiles
+    parts: dict[str, Part]
+    labelled: bool
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What the set is called."""
+        return self.files.place.rpartition("/")[2] or "shards"
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [samples]."""
+        columns = [part.samples[:, 3] for part in self.parts.values()]
+        return np.ascontiguousarray(np.concatenate(columns)) if self.labelled else np.zeros(sum(map(len, columns)), np.int64)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Numbers, for want of names."""
+        return tuple(map(str, range(int(self.labels.max()) + 1))) if self.labelled else ()
+
+    @property
+    def digests_xxh3(self) -> str:
+        """Digest of all images' digests, in their order: which samples these are."""
+        return xxhash.xxh3_128_hexdigest(np.concatenate([part.digests for part in self.parts.values()]).tobytes())
+
+
+def open_parts(pattern: Pattern, config: DataConfig, alive: Callable[[], None]) -> Foreign:
+    """The shards that a pattern names, indexed, at whatever size they are to be seen.
 
     Args:
         pattern: its shards.
@@ -39,11 +70,8 @@ def open_foreign(
         alive: called now and then while shards are indexed.
 
     Raises:
-        UserError: data.size is missing, no sample, more missing or lost than data.max_damaged allows, or a store that fails for too long.
+        UserError: no sample, more missing or lost than data.max_damaged allows, or a store that fails for too long.
     """
-    if config.size is None:
-        told = f"data.size is missing: images of {_place(pattern)} are cropped and resized to it"
-        raise UserError(f"{told}; give it in pixels (`fasttrain evaluate` takes --size)")
     files = open_files(pattern.base, config)
     folder = index_folder(cache_folder(config), pattern)
     pattern = first_listing(pattern, folder)
@@ -54,40 +82,67 @@ def open_foreign(
     missing = [name for name in dict.fromkeys([*pattern.names, *_named_beside(files, pattern)]) if name not in parts]
     _tell(files, parts, missing)
     _check(files, parts, missing, config.max_damaged, folder)
-    index, labels = _index(files, parts, config.size, labelled)
-    remedy = f"restore the shards; if they were made anew, delete {folder} to index them again"
+    return Foreign(files, parts, labelled, folder)
+
+
+def open_foreign(
+    pattern: Pattern, config: DataConfig, alive: Callable[[], None]
+) -> tuple[ShardFiles, Index, np.ndarray, MemberReader, Damage, np.ndarray]:
+    """The set that a pattern names: its files, index, labels, reader, damage and facts.
+
+    Args:
+        pattern: its shards.
+        config: the `data:` section.
+        alive: called now and then while shards are indexed.
+
+    Raises:
+        UserError: data.size is missing, or as open_parts.
+    """
+    if config.size is None:
+        told = f"data.size is missing: images of {_place(pattern)} are cropped and resized to it"
+        raise UserError(f"{told}; give it in pixels (`fasttrain evaluate` takes --size)")
+    found = open_parts(pattern, config, alive)
+    files, parts = found.files, found.parts
+    labels = found.labels
+    facts = _facts(np.concatenate([part.samples[:, 6:8] for part in parts.values()]), config.size)
+    index = _index(found, labels, facts, config.size)
+    remedy = f"restore the shards; if they were made anew, delete {found.folder} to index them again"
     damage = Damage(files.place, index.samples, config.max_damaged, remedy)
     reader = MemberReader(files, list(parts), list(parts.values()), config.size, config.verify, config.retry_seconds, damage)
     reader.look()
-    return files, index, labels, reader, damage
+    return files, index, labels, reader, damage, facts
 
 
-def _index(files: ShardFiles, parts: dict[str, Part], size: int, labelled: bool) -> tuple[Index, np.ndarray]:
-    columns = [part.samples[:, 3] for part in parts.values()]
-    labels = np.ascontiguousarray(np.concatenate(columns)) if labelled else np.zeros(sum(map(len, columns)), np.int64)
-    digests = np.concatenate([part.digests for part in parts.values()])
+def _index(found: Foreign, labels: np.ndarray, facts: np.ndarray, size: int) -> Index:
     shards = tuple(
-        Shard(file=name, samples=len(part.samples), bytes=part.bytes, xxh3=part.xxh3, offset=0, stride=0) for name, part in parts.items()
+        Shard(file=name, samples=len(part.samples), bytes=part.bytes, xxh3=part.xxh3, offset=0, stride=0)
+        for name, part in found.parts.items()
     )
-    classes = tuple(map(str, range(int(labels.max()) + 1))) if labelled else ()
-    index = Index(
+    return Index(
         format=FORMAT,
         layout="members",
         kind="image",
         samples=len(labels),
-        rejected=sum(part.lost.total() for part in parts.values()),
+        rejected=sum(part.lost.total() for part in found.parts.values()),
         shape=(3, size, size),
         dtype="uint8",
-        classes=classes,
-        num_classes=len(classes),
-        source=Source(
-            name=files.place.rpartition("/")[2] or "shards", xxh3=xxhash.xxh3_128_hexdigest("".join(s.xxh3 for s in shards).encode())
-        ),
+        classes=found.classes,
+        num_classes=len(found.classes),
+        source=Source(name=found.name, xxh3=xxhash.xxh3_128_hexdigest("".join(s.xxh3 for s in shards).encode())),
         labels_xxh3=xxhash.xxh3_128_hexdigest(labels.tobytes()),
-        digests_xxh3=xxhash.xxh3_128_hexdigest(digests.tobytes()),
+        digests_xxh3=found.digests_xxh3,
+        pixels=size,
+        facts=RECORDED,
+        facts_xxh3=xxhash.xxh3_128_hexdigest(facts.tobytes()),
         shards=shards,
     )
-    return index, labels
+
+
+def _facts(dimensions: np.ndarray, size: int) -> np.ndarray:
+    """Heights and widths [n, 2] -> what `prepare images` would record of these images, float32 [n, F]; where unknown, zeros."""
+    known, which = np.unique(dimensions, axis=0, return_inverse=True)
+    facts = [centre_facts(width, height, size) if height and width else (0.0,) * len(RECORDED) for height, width in known.tolist()]
+    return np.array(facts, np.float32).reshape(-1, len(RECORDED))[which.reshape(-1)]
 
 
 def _check(files: ShardFiles, parts: dict[str, Part], missing: list[str], most: float, folder: Path) -> None:

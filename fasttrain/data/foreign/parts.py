@@ -1,6 +1,7 @@
 """The index of one shard made elsewhere: a file of numpy arrays, made once and kept in the cache folder.
 
-samples   int64 [n, 6]: offset and size of the image, whether it is an array, label, offset and size of the text (bytes)
+samples   int64 [n, 9]: offset and size of the image, whether it is an array, label, offset and size of the text (bytes), height and width,
+          whether the text is a json
 digests   uint64 [n], xxh3 of each image's bytes
 told      uint8: JSON of what was lost, refused and not used
 """
@@ -19,11 +20,11 @@ import xxhash
 from fasttrain.data.foreign.samples import Found, find_samples
 from fasttrain.files import write_whole
 
-_COLUMNS = 6
+_COLUMNS = 9
 
 
 class Part(NamedTuple):
-    """One shard: its bytes, its samples [n, 6] and their digests, the lost ones by reason, and what else was met in it."""
+    """One shard: its bytes, its samples [n, 9] and their digests, the lost ones by reason, and what else was met in it."""
 
     bytes: int
     samples: np.ndarray
@@ -58,7 +59,7 @@ def make_part(path: Path) -> Part:
 
 
 def _part(size: int, found: Found) -> Part:
-    rows = [(s.offset, s.size, s.is_array, s.label, s.text_offset, s.text_size) for s in found.samples]
+    rows = [sample[:_COLUMNS] for sample in found.samples]
     return Part(
         size,
         np.array(rows, np.int64).reshape(-1, _COLUMNS),

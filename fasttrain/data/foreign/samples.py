@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from fasttrain.data.foreign.decode import dimensions
 from fasttrain.data.foreign.tar import Member, Members, read_at
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -25,7 +26,17 @@ _USED = {*IMAGES, ARRAY, LABEL, JSON, TEXT}
 
 
 class Sample(NamedTuple):
-    """Where a sample's image and text lie (bytes; size 0: no text), whether it is an array, its label, and the digest of its image."""
+    """A sample of a shard.
+
+    Attributes:
+        offset, size: where its image lies, bytes.
+        is_array: whether that is an npy array.
+        label: its class, NO_LABEL for none.
+        text_offset, text_size: where its txt lies, or else its json, bytes; size 0 where it has neither.
+        height, width: of the upright image, pixels; 0 where its header cannot be read.
+        text_is_json: whether that is its json.
+        digest: of the image's bytes.
+    """
 
     offset: int
     size: int
@@ -33,6 +44,9 @@ class Sample(NamedTuple):
     label: int
     text_offset: int
     text_size: int
+    height: int
+    width: int
+    text_is_json: bool
     digest: int
 
 
@@ -113,10 +127,12 @@ def _sample(descriptor: int, fields: dict[str, Member], doubled: bool) -> Sample
         raise _Faulty("samples without an image")
     label = _label(descriptor, fields)
     content = read_at(descriptor, image.offset, image.size)
-    text = fields.get(TEXT)
+    text = fields.get(TEXT) or fields.get(JSON)
     place = (text.offset, text.size) if text else (0, 0)
     is_array = split_key(image.name)[1] == ARRAY
-    return Sample(image.offset, image.size, is_array, label, *place, xxhash.xxh3_64_intdigest(content))
+    own_json = text is not None and TEXT not in fields
+    seen = dimensions(content, is_array)
+    return Sample(image.offset, image.size, is_array, label, *place, *seen, own_json, xxhash.xxh3_64_intdigest(content))
 
 
 def _label(descriptor: int, fields: dict[str, Member]) -> int:

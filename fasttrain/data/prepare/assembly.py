@@ -5,6 +5,7 @@ into shards of equal counts to within one, and each shard is made by itself. Pro
 """
 
 import io
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fasttrain.data.index import DIGESTS_FILE, FORMAT, INDEX_FILE, LABELS_FILE, Index
+from fasttrain.data.index import CAPTIONS_FILE, DIGESTS_FILE, FACTS_FILE, FORMAT, INDEX_FILE, LABELS_FILE, Index
 from fasttrain.data.prepare.plan import Plan, claim
 from fasttrain.data.prepare.processes import run_jobs
 from fasttrain.data.prepare.progress import FolderProgress, speed
@@ -42,20 +43,23 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Prepared:
-    """A finished set: its index, how many entries this run went through, and in how many seconds."""
+    """A finished set: its index, how many entries this run went through, in how many seconds, and how many samples lack a caption."""
 
     index: Index
     made: int
     seconds: float
+    uncaptioned: int = 0
 
     def summary(self, out: Path) -> str:
         """What to tell the user at the end."""
-        index, rejected = self.index, ""
+        index, notes = self.index, ""
         if index.rejected:
-            rejected = f"; {index.rejected:,} unreadable, listed in {REJECTED_FILE}"
+            notes += f"; {index.rejected:,} unreadable, listed in {REJECTED_FILE}"
+        if self.uncaptioned:
+            notes += f"; {self.uncaptioned:,} without a caption, which get the empty one, listed in uncaptioned.jsonl"
         done = f" ({speed(self.made / self.seconds)})" if self.made else " (nothing left to do: all shards verified)"
         shape = "x".join(map(str, index.shape))
-        return f"{out}: {index.samples:,} samples of {shape}, {index.num_classes} classes, {len(index.shards)} shards{done}{rejected}"
+        return f"{out}: {index.samples:,} samples of {shape}, {index.num_classes} classes, {len(index.shards)} shards{done}{notes}"
 
 
 def prepare_set(
@@ -140,15 +144,15 @@ def _all_receipts(out: Path, plan: Plan[T]) -> list[Receipt]:
 
 
 def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measure | None) -> Index:
-    """Writes labels, digests, rejections and, last of all, the index: only with it does the folder count as a set."""
+    """Writes the columns, the rejections and, last of all, the index: only with it does the folder count as a set."""
     rejected = [rejection for receipt in receipts for rejection in receipt.rejected]
     try:
         if rejected:
             write_whole(out / REJECTED_FILE, "".join(f"{line.model_dump_json()}\n" for line in rejected).encode())
         if len(rejected) == len(plan.entries):
             raise UserError(f"{out}: not one of the {len(rejected)} files is a readable image; their reasons are in {REJECTED_FILE}")
-        write_whole(out / LABELS_FILE, _npy([label for receipt in receipts for label in receipt.labels], np.int64))
-        write_whole(out / DIGESTS_FILE, _npy([each for receipt in receipts for each in receipt.digests], np.uint64))
+        for name, content in _columns(plan, receipts).items():
+            write_whole(out / name, content)
         index = Index(
             format=FORMAT,
             kind=plan.kind,
@@ -161,6 +165,10 @@ def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measur
             source=plan.source,
             labels_xxh3=digest(out / LABELS_FILE),
             digests_xxh3=digest(out / DIGESTS_FILE),
+            pixels=plan.pixels or plan.shape[-1],
+            facts=plan.facts,
+            facts_xxh3=digest(out / FACTS_FILE) if plan.facts else None,
+            captions_xxh3=digest(out / CAPTIONS_FILE) if plan.captions else None,
             vae=plan.vae,
             shards=tuple(receipt.shard for receipt in receipts),
             **(measure(out, receipts) if measure else {}),
@@ -173,7 +181,20 @@ def _assemble(out: Path, plan: Plan[T], receipts: list[Receipt], measure: Measur
     return index
 
 
-def _npy(values: list[int], dtype: type) -> bytes:
+def _columns(plan: Plan[T], receipts: list[Receipt]) -> dict[str, bytes]:
+    """The files that hold one thing of every sample, by name."""
+    columns = {
+        LABELS_FILE: _npy([label for receipt in receipts for label in receipt.labels], np.int64),
+        DIGESTS_FILE: _npy([each for receipt in receipts for each in receipt.digests], np.uint64),
+    }
+    if plan.facts:
+        columns[FACTS_FILE] = _npy([each for receipt in receipts for each in receipt.facts], np.float32)
+    if plan.captions:
+        columns[CAPTIONS_FILE] = "".join(f"{json.dumps(each)}\n" for receipt in receipts for each in receipt.captions).encode()
+    return columns
+
+
+def _npy(values: Sequence[Any], dtype: type) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.array(values, dtype))
     return buffer.getvalue()

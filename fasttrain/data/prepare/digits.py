@@ -8,12 +8,14 @@ import numpy as np
 import xxhash
 from sklearn.datasets import load_digits
 
+from fasttrain.data.facts import RECORDED
 from fasttrain.data.index import Source
 from fasttrain.data.prepare.assembly import Prepared, prepare_set
 from fasttrain.data.prepare.plan import Plan
 from fasttrain.data.prepare.writer import Made
 
 _SHARD_SIZE = 600
+_FACTS = (8, 8, 0, 0, 1)  # whole, as they are
 
 
 class DigitMaker:
@@ -26,7 +28,7 @@ class DigitMaker:
 
     def __call__(self, entries: Sequence[int]) -> Iterator[Made]:
         for entry in entries:
-            yield Made(str(entry), (self.images[entry], self.labels[entry]))
+            yield Made(str(entry), (self.images[entry], self.labels[entry]), _FACTS)
 
 
 def prepare_digits(out: Path) -> Prepared:
@@ -45,6 +47,7 @@ def prepare_digits(out: Path) -> Prepared:
         source=source,
         entries=range(len(maker.labels)),
         shard_size=_SHARD_SIZE,
+        facts=RECORDED,
     )
     prepared = prepare_set(out, plan, maker)
     assert prepared is not None  # rank 0

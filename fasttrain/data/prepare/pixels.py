@@ -1,20 +1,38 @@
-"""From a file's bytes to an RGB square: every mode that photographs come in, and ADM's centre crop."""
+"""From a file's bytes to an RGB square: every mode that photographs come in, and ADM's centre crop, or another square."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fasttrain.data.crops import Scale, boxes
+
 # A closed list: Pillow knows kinds that start other programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA")
+_SEED = 0
 
 
 class Unreadable(Exception):
     """Why a file gives no image; the reason is the same on every machine and run."""
 
 
-def read_square(content: bytes, size: int) -> np.ndarray:
-    """An image file as uint8 [3, size, size]: upright, RGB, centre-cropped.
+class Square(NamedTuple):
+    """An image as it is stored, uint8 [3, size, size], and the facts about it, as `facts.RECORDED` names them."""
+
+    pixels: np.ndarray
+    facts: tuple[float, ...]
+
+
+class Crop(NamedTuple):
+    """Which square of an image: one of `scale` of the largest one's area, anywhere, as `key` draws it."""
+
+    scale: Scale
+    key: int
+
+
+def read_square(content: bytes, size: int, crop: Crop | None = None) -> Square:
+    """An image file as a square: upright, RGB, the whole height or width from the centre, or another crop.
 
     Raises:
         Unreadable: not an image, cut short, damaged, or of a kind without a defined range.
@@ -22,7 +40,7 @@ def read_square(content: bytes, size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
-            return square_of(ImageOps.exif_transpose(image), size)
+            return square_of(ImageOps.exif_transpose(image), size, crop)
     except UnidentifiedImageError:
         # Pillow's own text holds a memory address.
         raise Unreadable("not an image in a known format" if content else "an empty file") from None
@@ -30,9 +48,22 @@ def read_square(content: bytes, size: int) -> np.ndarray:
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 
 
-def square_of(image: Image.Image, size: int) -> np.ndarray:
-    """An image as uint8 [3, size, size]: RGB, centre-cropped. Raises Unreadable."""
-    return np.ascontiguousarray(np.asarray(centre_crop(to_rgb(image), size)).transpose(2, 0, 1))
+def square_of(image: Image.Image, size: int, crop: Crop | None = None) -> Square:
+    """An image as a square, RGB. Raises Unreadable."""
+    rgb = to_rgb(image)
+    if crop is None:
+        square, facts = centre_crop(rgb, size), centre_facts(*rgb.size, size)
+    else:
+        ((side, top, left),) = boxes(_SEED, np.array([crop.key]), rgb.height, rgb.width, crop.scale).tolist()
+        square = centre_crop(rgb.crop((left, top, left + side, top + side)), size)
+        facts = (rgb.height, rgb.width, top * size / side, left * size / side, side / min(rgb.size))
+    return Square(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), facts)
+
+
+def centre_facts(width: int, height: int, size: int) -> tuple[float, ...]:
+    """The facts about an image of this size whose centre is cropped."""
+    wide, high = _resized(*_halved(width, height, size), size)
+    return (height, width, (high - size) // 2, (wide - size) // 2, 1.0)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -61,10 +92,22 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
+    width, height = _resized(*image.size, size)
     if width * height > (Image.MAX_IMAGE_PIXELS or width * height):
         raise Unreadable(f"{image.width} x {image.height} pixels: too elongated to crop a square from")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _halved(width: int, height: int, size: int) -> tuple[int, int]:
+    """The size after the BOX halvings of `centre_crop`."""
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    return width, height
+
+
+def _resized(width: int, height: int, size: int) -> tuple[int, int]:
+    """The size at which the short side is `size`."""
+    scale = size / min(width, height)
+    return round(width * scale), round(height * scale)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,7 +24,8 @@ _SHUFFLE_SEED = 0
 class Plan(Generic[T]):
     """A set: its entries, what becomes of them, and how they are cut into shards.
 
-    settings: whatever else decides the bytes (crop size, batch ...), by the name of its option.
+    settings: whatever else decides the bytes (crop size, batch ...), by the name of its option. facts: what is recorded of each entry.
+    pixels: side of the square image before an autoencoder; None: the samples' own. captions: whether entries have some.
     """
 
     kind: Literal["image", "latent"]
@@ -35,6 +36,9 @@ class Plan(Generic[T]):
     entries: Sequence[T]
     shard_size: int
     vae: VaeRecord | None = None
+    facts: tuple[str, ...] = ()
+    pixels: int | None = None
+    captions: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,11 +77,21 @@ class Plan(Generic[T]):
             "entries": len(self.entries),
             "shard_size": self.shard_size,
             "vae": self.vae.model_dump() if self.vae else None,
+            "facts": list(self.facts),
+            "captions": self.captions,
             **self.settings,
         }
 
 
-def claim(out: Path, plan: Plan[Any]) -> None:
+class Identified(Protocol):
+    """Anything that is made into a folder of its own, to go on with later."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the bytes, as plain JSON."""
+        ...
+
+
+def claim(out: Path, plan: Identified) -> None:
     """Makes the folder and writes the plan into it, or finds the same plan there.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Labelled images by name: a tree of class folders, or a tar of one (also .tar.gz, .tar.bz2, .tar.xz)."""
+"""Labelled images by name: a tree of class folders, or a tar of one (also .tar.gz, .tar.bz2, .tar.xz), or WebDataset shards."""
 
 import bz2
 import gzip
@@ -15,19 +15,34 @@ from typing import IO, NamedTuple
 
 import xxhash
 
+from fasttrain.data.config import DataConfig
+from fasttrain.data.files import LocalFiles
+from fasttrain.data.foreign.opening import open_parts
+from fasttrain.data.foreign.pattern import pattern_of
 from fasttrain.data.prepare.pixels import Unreadable
+from fasttrain.data.text.captions import KINDS, Kind
 from fasttrain.errors import UserError
 
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+_CAPTION_ENDINGS = tuple(f".{kind}" for kind in KINDS)
+
+
+class Place(NamedTuple):
+    """Where content lies: file below the source's path ("": the path itself, a tar), first byte (-1: a link or no file), and bytes."""
+
+    file: str
+    offset: int
+    size: int
 
 
 class Entry(NamedTuple):
-    """One file of a class: its name below the root, its label, its size, and where it begins in the tar (0 in a tree; -1: no file)."""
+    """One image: its name below the root, its label, where it lies, and where its caption does, if it has one."""
 
     name: str
     label: int
-    size: int
-    offset: int
+    image: Place
+    caption: Place | None = None
+    caption_kind: Kind = "txt"
 
 
 @dataclass(frozen=True)
@@ -44,35 +59,42 @@ class Listing:
         """Digest of the names and sizes: the same for a tree and its tar, wherever they lie."""
         hasher = xxhash.xxh3_128()
         for entry in self.entries:
-            hasher.update(f"{entry.name}\0{entry.size}\n".encode())
+            caption = "" if entry.caption is None else f"\0{entry.caption.size}"
+            hasher.update(f"{entry.name}\0{entry.image.size}{caption}\n".encode())
         return hasher.hexdigest()
 
 
-def read_entry(path: Path, entry: Entry) -> bytes:
-    """The bytes of one file of a source at `path` (a folder or an uncompressed tar).
+def read_place(path: Path, place: Place) -> bytes:
+    """The bytes at a place in a source at `path` (a folder or an uncompressed tar).
 
     Raises:
         Unreadable: a link or special file, without permission, or not of the listed size.
         OSError: the disk or network failed: that is no property of the file, and must stop the run rather than drop samples.
     """
-    if entry.offset < 0:
+    if place.offset < 0:
         raise Unreadable("a link or a special file")
     try:
-        with (path / entry.name if path.is_dir() else path).open("rb") as file:
-            file.seek(entry.offset)
-            content = file.read(entry.size)
+        with (path / place.file if place.file else path).open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.size)
     except PermissionError:
         raise Unreadable("no permission to read it") from None
-    if len(content) != entry.size:
-        raise Unreadable(f"{len(content)} of its {entry.size} bytes")
+    if len(content) != place.size:
+        raise Unreadable(f"{len(content)} of its {place.size} bytes")
     return content
 
 
 @contextmanager
-def open_source(source: Path, out: Path) -> Iterator[Listing]:
-    """The files of a class-folder tree, or of a tar of one, readable inside the context.
+def open_source(source: Path, out: Path, captions: Kind | None = None) -> Iterator[Listing]:
+    """The images of a class-folder tree, of a tar of one, or of a pattern of WebDataset shards, readable inside the context.
 
     A compressed tar is unpacked to one plain tar in `out`, to be read at random, and removed at the end.
+
+    Args:
+        source: folder, tar, or pattern with braces or a star.
+        out: folder of the set to be made.
+        captions: which files beside the images hold their captions; None: captions are not looked for. With captions, images may also
+            lie in no class folder: then the set has no classes. Of WebDataset samples it is their txt, or else their json.
 
     Raises:
         UserError: nothing there, not a tar, no class folders, no files in them, or no space to unpack.
@@ -80,7 +102,8 @@ def open_source(source: Path, out: Path) -> Iterator[Listing]:
     fresh = not out.exists()
     scratch = out / f"source.{os.getpid()}.tmp"
     try:
-        yield _list(source, scratch)
+        shards = bool(set("{*") & set(source.name)) and not source.exists()
+        yield _shards(str(source), captions) if shards else _list(source, scratch, captions)
     finally:
         if out.is_dir():
             scratch.unlink(missing_ok=True)
@@ -88,7 +111,26 @@ def open_source(source: Path, out: Path) -> Iterator[Listing]:
                 out.rmdir()
 
 
-def _list(source: Path, scratch: Path) -> Listing:
+def _shards(place: str, captions: Kind | None) -> Listing:
+    """The samples of shards on this machine, as their index has them; they have classes where they have labels."""
+    if Path(place).parts[0].endswith(":"):  # a path has taken an address's second slash
+        raise UserError(f"{place}: shards to be prepared must be on this machine; copy them first")
+    pattern = pattern_of(place)
+    assert pattern is not None  # braces or a star
+    found = open_parts(pattern, DataConfig(train=place), lambda: None)
+    assert isinstance(found.files, LocalFiles)
+    entries = (_entry(name, row, captions) for name, part in found.parts.items() for row in part.samples.tolist())
+    return Listing(found.name, found.files.folder, found.classes, tuple(entries))
+
+
+def _entry(shard: str, row: list[int], captions: Kind | None) -> Entry:
+    """A sample as the index of its shard has it, see `foreign.parts`."""
+    offset, size, _, label, text_offset, text_size, _, _, is_json = row
+    text = Place(shard, text_offset, text_size) if captions and text_size else None
+    return Entry(f"{shard}:{offset}", max(label, 0), Place(shard, offset, size), text, "json" if is_json else "txt")
+
+
+def _list(source: Path, scratch: Path, captions: Kind | None) -> Listing:
     if source.is_dir():
         path, found = source, _tree_files(source)
     elif source.is_file():
@@ -96,45 +138,63 @@ def _list(source: Path, scratch: Path) -> Listing:
         found = _without_root(_tar_members(source, path))
     else:
         raise UserError(f"{source}: no such folder or tar of images; give a folder with one sub-folder a class, or a tar of one")
-    return _labelled(source, path, found)
+    return _labelled(source, path, found, captions)
 
 
-def _labelled(source: Path, path: Path, found: Iterable[tuple[str, int, int]]) -> Listing:
-    """Class = the first folder of a name. Files outside all class folders and hidden files are no samples."""
-    inside = sorted(file for file in found if "/" in file[0] and not PurePosixPath(file[0]).name.startswith("."))
-    classes = tuple(sorted({name.partition("/")[0] for name, _, _ in inside}))
+def _labelled(source: Path, path: Path, found: Iterable[tuple[str, Place]], captions: Kind | None) -> Listing:
+    """Class = the first folder of a name. Hidden files are no samples, nor, without captions, files outside all class folders."""
+    seen = sorted(file for file in found if not PurePosixPath(file[0]).name.startswith("."))
+    beside = _beside(seen) if captions else {}
+    images = [file for file in seen if file[0] not in beside]
+    flat = captions is not None and any("/" not in name for name, _ in images)
+    inside = images if flat else [file for file in images if "/" in file[0]]
     if not inside:
         raise UserError(f"{source}: no class folders with files in them; expected {source.name}/<class>/<image>, one folder a class")
+    classes = () if flat else tuple(sorted({name.partition("/")[0] for name, _ in inside}))
     labels = {name: label for label, name in enumerate(classes)}
-    entries = tuple(Entry(name, labels[name.partition("/")[0]], size, offset) for name, size, offset in inside)
+    entries = tuple(
+        Entry(name, labels.get(name.partition("/")[0], 0), place, beside.get(f"{_stem(name)}.{captions}"), captions or "txt")
+        for name, place in inside
+    )
     return Listing(source.name, path, classes, entries)
 
 
-def _tree_files(root: Path) -> Iterable[tuple[str, int, int]]:
-    """(name below the root, size, 0) of every file."""
+def _beside(files: list[tuple[str, Place]]) -> dict[str, Place]:
+    """The files with captions that stand beside an image of the same name up to the ending."""
+    images = {_stem(name) for name, _ in files if not name.endswith(_CAPTION_ENDINGS)}
+    return {name: place for name, place in files if name.endswith(_CAPTION_ENDINGS) and _stem(name) in images}
+
+
+def _stem(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.rpartition('.')[0] or file}"
+
+
+def _tree_files(root: Path) -> Iterable[tuple[str, Place]]:
+    """Every file by its name below the root."""
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             path = Path(folder, file)
-            readable = path.is_file()
-            yield path.relative_to(root).as_posix(), path.stat().st_size if readable else 0, 0 if readable else -1
+            name, readable = path.relative_to(root).as_posix(), path.is_file()
+            yield name, Place(name, 0 if readable else -1, path.stat().st_size if readable else 0)
 
 
-def _tar_members(source: Path, path: Path) -> list[tuple[str, int, int]]:
-    """(name, size, offset) of every member that is not a folder."""
+def _tar_members(source: Path, path: Path) -> list[tuple[str, Place]]:
+    """Every member that is not a folder, by its name."""
     try:
         with tarfile.open(path, "r:") as tar:
             members = [m for m in tar if not m.isdir()]
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{source}: not a readable tar ({error}); give a folder of class folders or a tar of one") from None
-    return [(str(PurePosixPath(m.name)), m.size, m.offset_data if m.isreg() else -1) for m in members]
+    return [(str(PurePosixPath(m.name)), Place("", m.offset_data if m.isreg() else -1, m.size)) for m in members]
 
 
-def _without_root(files: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+def _without_root(files: list[tuple[str, Place]]) -> list[tuple[str, Place]]:
     """Takes away the folders that all files share, as long as class folders remain below them."""
-    while len({name.partition("/")[0] for name, _, _ in files}) == 1:
-        inner = [(name.partition("/")[2], size, offset) for name, size, offset in files]
-        if not any("/" in name for name, _, _ in inner):
+    while len({name.partition("/")[0] for name, _ in files}) == 1:
+        inner = [(name.partition("/")[2], place) for name, place in files]
+        if not any("/" in name for name, _ in inner):
             return files
         files = inner
     return files

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,19 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Made(NamedTuple):
-    """What became of one entry of the source: its file, and its array and label, or the reason why there is none."""
+    """What became of one entry of the source.
+
+    Attributes:
+        file: its name.
+        sample: its array and label, or the reason why there is none.
+        facts: what was recorded of it, as the plan names it.
+        caption: its own, where there is one.
+    """
 
     file: str
     sample: tuple[np.ndarray, int] | Unreadable
+    facts: tuple[float, ...] = ()
+    caption: str | None = None
 
 
 class Rejection(BaseModel):
@@ -42,14 +52,27 @@ class Rejection(BaseModel):
 
 
 class Receipt(BaseModel):
-    """What a finished shard holds."""
+    """What a finished shard holds: of each sample, in order, its label, digest, facts and caption."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: Shard
     labels: list[int]
     digests: list[int]
+    facts: list[tuple[float, ...]]
+    captions: list[str | None]
     rejected: list[Rejection]
+
+
+@dataclass
+class _Noted:
+    """A receipt in the making."""
+
+    labels: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
+    facts: list[tuple[float, ...]] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
 
 
 def shard_name(number: int) -> str:
@@ -70,15 +93,13 @@ def write_shard(out: Path, number: int, first_key: int, made: Iterable[Made]) ->
     """
     path = out / shard_name(number)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    labels: list[int] = []
-    digests: list[int] = []
-    rejected: list[Rejection] = []
+    noted = _Noted()
     try:
         with temporary.open("wb") as file:
-            _fill(file, _accepted(first_key, made, labels, digests, rejected))
+            _fill(file, _accepted(first_key, made, noted))
             file.flush()
             os.fsync(file.fileno())
-        receipt = Receipt(shard=_describe(temporary, path.name, len(labels)), labels=labels, digests=digests, rejected=rejected)
+        receipt = Receipt(shard=_describe(temporary, path.name, len(noted.labels)), **vars(noted))
         temporary.replace(path)
         write_whole(_receipt_path(out, number), receipt.model_dump_json().encode())
     except OSError as error:
@@ -128,18 +149,18 @@ def space_error(error: OSError, path: Path) -> Exception:
     return UserError(f"{path}: no space left; free some and run the same command again: the finished shards are kept")
 
 
-def _accepted(
-    first_key: int, made: Iterable[Made], labels: list[int], digests: list[int], rejected: list[Rejection]
-) -> Iterator[dict[str, str | bytes]]:
-    """The readable entries as webdataset samples; notes labels, digests and rejections on the way."""
-    for key, (file, sample) in enumerate(made, first_key):
+def _accepted(first_key: int, made: Iterable[Made], noted: _Noted) -> Iterator[dict[str, str | bytes]]:
+    """The readable entries as webdataset samples; all about them is noted on the way."""
+    for key, (file, sample, facts, caption) in enumerate(made, first_key):
         if isinstance(sample, Unreadable):
-            rejected.append(Rejection(file=file, reason=str(sample)))
+            noted.rejected.append(Rejection(file=file, reason=str(sample)))
             continue
         array, label = sample
         array = np.ascontiguousarray(array)
-        labels.append(label)
-        digests.append(xxhash.xxh3_64_intdigest(array.data))
+        noted.labels.append(label)
+        noted.digests.append(xxhash.xxh3_64_intdigest(array.data))
+        noted.facts.append(facts)
+        noted.captions.append(caption)
         yield {"__key__": f"{key:09d}", "cls": str(label).encode(), "npy": _npy(array)}
 
 

@@ -61,7 +61,7 @@ def test_images_are_cropped_and_resized_as_prepare_does(tmp_path: Path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save(file, "PNG")
     write_tar(tmp_path / "a.tar", [("1.png", file.getvalue())])
     shards = open_set(tmp_path / "a.tar", size=24)
-    np.testing.assert_array_equal(shards.gather(np.array([0])).arrays[0], read_square(file.getvalue(), 24))
+    np.testing.assert_array_equal(shards.gather(np.array([0])).arrays[0], read_square(file.getvalue(), 24).pixels)
     assert shards.index.num_classes == 0 and shards.labels.tolist() == [0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from fasttrain.data.prepare.pixels import Unreadable
-from fasttrain.data.prepare.source import open_source, read_entry
+from fasttrain.data.prepare.source import open_source, read_place
 from fasttrain.errors import UserError
 
 FILES = {"cat/2.jpg": b"two", "cat/1.jpg": b"one", "dog/deep/3.png": b"three", "README": b"no sample", "dog/.DS_Store": b"hidden"}
@@ -46,7 +46,7 @@ def test_every_form_lists_the_same_samples(source: Path, tmp_path: Path):
     with open_source(source, tmp_path / "out") as listing:
         assert listing.classes == ("cat", "dog")
         assert [(e.name, e.label) for e in listing.entries] == [("cat/1.jpg", 0), ("cat/2.jpg", 0), ("dog/deep/3.png", 1)]
-        assert [read_entry(listing.path, e) for e in listing.entries] == [b"one", b"two", b"three"]
+        assert [read_place(listing.path, e.image) for e in listing.entries] == [b"one", b"two", b"three"]
         assert listing.xxh3 == xxhash.xxh3_128_hexdigest(b"cat/1.jpg\0003\ncat/2.jpg\0003\ndog/deep/3.png\0005\n")
         assert listing.name == source.name
     assert not (tmp_path / "out").exists()
@@ -70,10 +70,10 @@ def test_links_are_listed_as_unreadable(tmp_path: Path):
             tar.addfile(member)
     for source, count in [(tree, 1), (tmp_path / "linked.tar", 2)]:
         with open_source(source, tmp_path / "out") as listing:
-            refused = [entry for entry in listing.entries if entry.offset < 0]
+            refused = [entry for entry in listing.entries if entry.image.offset < 0]
             assert len(refused) == count
             with pytest.raises(Unreadable, match="a link or a special file"):
-                read_entry(listing.path, refused[0])
+                read_place(listing.path, refused[0].image)
 
 
 def test_a_file_that_shrank_is_unreadable(tmp_path: Path):
@@ -81,7 +81,7 @@ def test_a_file_that_shrank_is_unreadable(tmp_path: Path):
     with open_source(tree, tmp_path / "out") as listing:
         (tree / "cat/1.jpg").write_bytes(b"o")
         with pytest.raises(Unreadable, match="1 of its 3 bytes"):
-            read_entry(listing.path, listing.entries[0])
+            read_place(listing.path, listing.entries[0].image)
 
 
 def test_a_missing_source(tmp_path: Path):

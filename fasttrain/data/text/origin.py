@@ -1,0 +1,115 @@
+"""Where the captions of a set come from: kept when it was prepared, in the shards of others, or made of its classes' names."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fasttrain.data.columns import read_column
+from fasttrain.data.config import DataConfig
+from fasttrain.data.files import LocalFiles
+from fasttrain.data.foreign.opening import Foreign, open_parts
+from fasttrain.data.foreign.parts import Part
+from fasttrain.data.foreign.pattern import pattern_of
+from fasttrain.data.foreign.tar import read_at
+from fasttrain.data.index import CAPTIONS_FILE, LABELS_FILE, Index, read_index
+from fasttrain.data.text.captions import DEFAULT_TEMPLATE, MOST_BYTES, NoCaption, caption_in, class_names, of_classes
+from fasttrain.errors import UserError
+from fasttrain.files import digest
+
+
+class Captioned(NamedTuple):
+    """The samples of a set with their captions.
+
+    Attributes:
+        digests_xxh3: of the set's index: which samples these are, in which order.
+        captions: one a sample; "" for none.
+        told: where they come from, for people.
+    """
+
+    digests_xxh3: str
+    captions: list[str]
+    told: str
+
+
+def captions_of(place: str, template: str | None = None, names: Path | None = None) -> Captioned:
+    """The captions of a set: its images' own, or where it has none, or a template or names are given, those of its classes.
+
+    Args:
+        place: folder of a prepared set, or a pattern or folder of WebDataset shards.
+        template: a caption with {} for the class's name.
+        names: file with the words of each class; without it the folders' names are taken.
+
+    Raises:
+        UserError: no such set, no captions and no classes, damaged captions, or a template or names that do not fit.
+    """
+    pattern = pattern_of(place)
+    of_names = template is not None or names is not None
+    if pattern is None:
+        return _of_prepared(Path(place), of_names, template, names)
+    found = open_parts(pattern, DataConfig(train=place), lambda: None)
+    if of_names:
+        return _of_classes(found.digests_xxh3, found.classes, found.labels, template, names, place)
+    captions = _of_shards(found)
+    if not any(captions):
+        raise UserError(f"{place}: not one caption in these shards; give --template (and --class-names) to make them of the classes")
+    return Captioned(found.digests_xxh3, captions, "captions of the shards' txt and json members")
+
+
+def _of_prepared(folder: Path, of_names: bool, template: str | None, names: Path | None) -> Captioned:
+    index = read_index(folder)
+    if index.captions_xxh3 is not None and not of_names:
+        return Captioned(index.digests_xxh3, _kept(folder, index), "captions kept with the images")
+    labels = read_column(LocalFiles(folder), LABELS_FILE, index.labels_xxh3, np.int64, (index.samples,))
+    return _of_classes(index.digests_xxh3, index.classes, labels, template, names, str(folder))
+
+
+def _kept(folder: Path, index: Index) -> list[str]:
+    path = folder / CAPTIONS_FILE
+    if not path.is_file() or digest(path) != index.captions_xxh3:
+        told = "missing" if not path.is_file() else "its content is not what was prepared"
+        raise UserError(f"{path}: {told}; restore the file, or run the same `fasttrain prepare` command again")
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) or "" for line in lines]
+
+
+def _of_classes(
+    digests_xxh3: str, classes: Sequence[str], labels: np.ndarray, template: str | None, names: Path | None, place: str
+) -> Captioned:
+    if not classes:
+        raise UserError(f"{place}: has neither captions nor classes; prepare it with --captions txt or json")
+    words = class_names(names, classes) if names else classes
+    chosen = DEFAULT_TEMPLATE if template is None else template
+    made = of_classes(words, chosen)
+    return Captioned(digests_xxh3, [made[label] for label in labels.tolist()], f"{len(classes)} class names in {chosen!r}")
+
+
+def _of_shards(found: Foreign) -> list[str]:
+    """The caption of each sample of shards made elsewhere, read shard after shard."""
+    captions: list[str] = []
+    for name, part in found.parts.items():
+        path = found.files.path(name)
+        captions += _in_shard(path, part)
+        if not isinstance(found.files, LocalFiles):
+            found.files.release(name)
+    return captions
+
+
+def _in_shard(path: Path, part: Part) -> list[str]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return [_caption_at(descriptor, row) for row in part.samples.tolist()]
+    finally:
+        os.close(descriptor)
+
+
+def _caption_at(descriptor: int, row: list[int]) -> str:
+    """The caption of a sample as the index of its shard has it, see `foreign.parts`; "" where there is none."""
+    offset, size, is_json = row[4], row[5], row[8]
+    try:
+        return caption_in(read_at(descriptor, offset, min(size, MOST_BYTES + 1)), "json" if is_json else "txt")
+    except NoCaption:
+        return ""
