@@ -81,7 +81,7 @@ def choose_attention(
     Raises:
         UserError: the attention asked for cannot run forward and backward here.
     """
-    shape, device = Shape(micro_batch, model.heads, model.tokens, model.head_width, dtype), processes.device
+    shape, device = Shape(micro_batch, model.heads, model.tokens, model.head_width, dtype, model.ragged_tokens), processes.device
     if wanted != "auto":
         found = obstacle(wanted, shape, device, deterministic=deterministic, compiled=compiled)
         if found is not None:

@@ -67,7 +67,7 @@ def test_rank_0_measures_and_the_others_follow(monkeypatch):
     monkeypatch.setattr(choices, "fastest", lambda shape, device, compiled: asked.append(shape) or measured)
     told = "cudnn, the fastest at 2 x 4 heads x 18 tokens x 8, bfloat16 (microseconds forward and backward: cudnn 100, flash 200)"
     assert choose("auto", alone(), dtype=torch.bfloat16) == ("cudnn", told)
-    assert asked == [(2, 4, 18, 8, torch.bfloat16)]
+    assert asked == [(2, 4, 18, 8, torch.bfloat16, 0)]
     follower = alone(rank=1)
     object.__setattr__(follower, "decided", measured)
     assert choose("auto", follower, dtype=torch.bfloat16) == ("cudnn", told) and len(asked) == 1

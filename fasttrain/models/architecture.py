@@ -96,6 +96,11 @@ class Transformer(ABC):
         return 0
 
     @property
+    def ragged_tokens(self) -> int:
+        """How many of the extra tokens may be padding, which attention passes over."""
+        return 0
+
+    @property
     def tokens(self) -> int:
         """T, what attention and the MLP work on for one image."""
         return self.grid**2 + self.extra_tokens

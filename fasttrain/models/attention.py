@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttrain.models.implementations import AUTOMATIC, Implementations
+from fasttrain.models.ragged import Masked, Packed, RaggedAttend, by_package, by_torch, one_after_another
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each [T, d/2] fp32, of the angles by which pairs of a head's elements are turned."""
@@ -67,9 +68,32 @@ def attention_function(name: str, deterministic: bool = False) -> Attend:
     return F.scaled_dot_product_attention if name == "auto" else functools.partial(_by_torch, backend=BACKENDS[name])
 
 
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
+def ragged_attention(name: str, deterministic: bool = False, packed: bool | None = None) -> RaggedAttend:
+    """Attention among tokens some of which are padding, by the attention of this name.
+
+    Args:
+        name, deterministic: as for `attention_function`.
+        packed: by the bounds of sequences, and not by a mask; None: where the attention has a kernel for it. Where it has none, packed
+            sequences are attended to one after another.
+
+    Raises:
+        ValueError: as `attention_function`; or a mask for a package, which takes none.
+    """
+    attend = attention_function(name, deterministic)
+    if packed is None:
+        packed = name in (*PACKAGES, "flash")
+    if name in PACKAGES:
+        if not packed:
+            raise ValueError(f"attention {name!r} takes no mask: use packed sequences, or another attention")
+        return Packed(by_package(importlib.import_module(PACKAGES[name][0]).flash_attn_varlen_func, deterministic))
+    if packed:
+        return Packed(by_torch if name == "flash" else one_after_another)
+    return Masked(attend)
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend, attn_mask: Tensor | None = None) -> Tensor:
     with sdpa_kernel([backend]):
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
 
 def _by_package(q: Tensor, k: Tensor, v: Tensor, function: Callable[..., Any], deterministic: bool) -> Tensor:

@@ -10,20 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fasttrain.models.attention import ATTENTION, PACKAGES, Attend, attention_function, missing
+from fasttrain.models.attention import ATTENTION, PACKAGES, Attend, attention_function, missing, ragged_attention
 
 ROUNDS = 5
 REPEATS = 10
 
 
 class Shape(NamedTuple):
-    """What attention works on: [B, h, T, d], as views of one packed qkv matrix."""
+    """What attention works on: [B, h, T, d], as views of one packed qkv matrix; of the first `ragged` of the T some are padding."""
 
     batch: int
     heads: int
     tokens: int
     head_width: int
     dtype: torch.dtype
+    ragged: int = 0
 
     def draw(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k and v as the network has them, wanting gradients."""
@@ -34,7 +35,8 @@ class Shape(NamedTuple):
         return q, k, v
 
     def __str__(self) -> str:
-        sizes = f"{self.batch} x {self.heads} heads x {self.tokens} tokens x {self.head_width}"
+        padded = f" (up to {self.ragged} of padding)" if self.ragged else ""
+        sizes = f"{self.batch} x {self.heads} heads x {self.tokens} tokens{padded} x {self.head_width}"
         return f"{sizes}, {str(self.dtype).removeprefix('torch.')}"
 
 
@@ -55,7 +57,7 @@ def obstacle(name: str, shape: Shape, device: torch.device, *, deterministic: bo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of each reason before it raises
-            attend = attention_function(name, deterministic)
+            attend = _attend(name, shape, device, deterministic)
             _run(torch.compile(attend, fullgraph=True, backend="eager") if compiled else attend, shape.draw(device))
     except Exception as error:  # of whatever type its library raises
         told = (str(error).splitlines() or [""])[0].strip()
@@ -65,7 +67,7 @@ def obstacle(name: str, shape: Shape, device: torch.device, *, deterministic: bo
 
 def timings(names: Iterable[str], shape: Shape, device: torch.device, *, compiled: bool = False) -> dict[str, float]:
     """Seconds of a forward and a backward pass of each attention that runs at this shape: the median of rounds that take turns."""
-    able = {name: attention_function(name) for name in names if obstacle(name, shape, device, compiled=compiled) is None}
+    able = {name: _attend(name, shape, device) for name in names if obstacle(name, shape, device, compiled=compiled) is None}
     inputs = shape.draw(device)
     seconds: dict[str, list[float]] = {name: [] for name in able}
     for _ in range(ROUNDS):
@@ -94,6 +96,15 @@ def deterministic_choice(shape: Shape, device: torch.device) -> str:
     if device.type != "cuda":
         return "auto"
     return "flash" if shape.dtype in (torch.bfloat16, torch.float16) and obstacle("flash", shape, device) is None else "math"
+
+
+def _attend(name: str, shape: Shape, device: torch.device, deterministic: bool = False) -> Attend:
+    """The attention at this shape; where some of the tokens are padding, with captions of every length."""
+    if not shape.ragged:
+        return attention_function(name, deterministic)
+    attend = ragged_attention(name, deterministic)
+    length = torch.arange(shape.batch, device=device) * 37 % shape.ragged + 1  # [B]
+    return functools.partial(attend, where=attend.where(length, shape.ragged, shape.tokens - shape.ragged))
 
 
 def _run(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -13,11 +13,13 @@ class Implementations:
         kernels: the implementation of each fused operation.
         attention: one of `attention.ATTENTION`; "auto" leaves it to torch (a run measures first and then names one).
         deterministic: ask the flash-attn packages for gradients that are the same bits each time; torch has its own switch for the rest.
+        packed: attend among captions of different lengths by the bounds of sequences (True) or by a mask; None: as the attention can.
     """
 
     kernels: Kernels = field(default_factory=Kernels)
     attention: str = "auto"
     deterministic: bool = False
+    packed: bool | None = None
 
 
 AUTOMATIC = Implementations()

@@ -4,8 +4,12 @@ from abc import ABC
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from fasttrain.cond import CONTROLS, control_columns
+from fasttrain.models import flops
 from fasttrain.models.architecture import LARGEST, MOST_ROWS, Transformer
+from fasttrain.models.embeddings import TimestepEmbedder, grid_coordinates
 from fasttrain.registry import nearest, shown
 
 Level = Literal["high", "low"]
@@ -54,3 +58,13 @@ class Modulated(Transformer, ABC):
     def control_columns(self) -> tuple[str, ...]:
         """The columns of `Cond.controls`, in order."""
         return control_columns(self.controls)
+
+    def coordinates(self) -> Tensor:
+        """[grid] float64: where the patches along one side are, for the positions."""
+        return grid_coordinates(self.grid, self.position_base)
+
+    def ends_flops(self, tokens: int, outputs: int) -> int:
+        """Of what is not in the blocks: patches in; the last layer on `tokens` tokens to `outputs` values each; the timestep's MLP."""
+        first = flops.patches(self.width, self.patch, self.geometry()[0], self.grid**2)
+        last = tokens * flops.linear(self.width, outputs) + flops.linear(self.width, 2 * self.width)
+        return first + last + flops.linear(TimestepEmbedder.frequencies, self.width) + flops.linear(self.width, self.width)

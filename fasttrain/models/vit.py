@@ -15,7 +15,7 @@ from fasttrain.cond import Cond
 from fasttrain.models import flops
 from fasttrain.models.architecture import MODELS, MOST_ROWS, Transformer
 from fasttrain.models.attention import QvBiasAttention, Rotation
-from fasttrain.models.embeddings import AxialRotation, look_up
+from fasttrain.models.embeddings import AxialRotation, grid_coordinates, look_up
 from fasttrain.models.implementations import AUTOMATIC, Implementations
 from fasttrain.models.layers import AffineNorm, Fp32Linear, Mlp, PatchEmbed, check_input, unpatchify
 from fasttrain.models.network import Network, run_block
@@ -87,7 +87,7 @@ class VisionTransformer(Network):
         self.config = config
         self.patch_embed = PatchEmbed(channels, config.patch, width)
         self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
-        self.rotation = AxialRotation(config.head_width, config.grid, config.extra_tokens) if config.rotary else None
+        self.rotation = AxialRotation(config.head_width, grid_coordinates(config.grid), config.extra_tokens) if config.rotary else None
         self.blocks = nn.ModuleList(Block(config, how) for _ in range(config.depth))
         self.linear_projection = Fp32Linear(width, config.patch**2 * channels)
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None

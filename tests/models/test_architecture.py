@@ -13,7 +13,7 @@ from fasttrain.models.memory import count_parameters
 KNOWN = {"input_size": 8, "channels": 3, "num_classes": 10}
 
 
-@pytest.mark.parametrize("name", ["vit", "dit"])
+@pytest.mark.parametrize("name", ["vit", "dit", "mmdit"])
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -22,7 +22,7 @@ KNOWN = {"input_size": 8, "channels": 3, "num_classes": 10}
         ({"depth": 0}, "model.depth must be at least 1, not 0"),
         ({"patch": 0}, "model.patch must be at least 1"),
         ({"num_classes": -1}, r"model.num_classes must be 0 \(unconditional\)"),
-        ({"rotary": True}, "model.rotary turns normalised queries and keys: set model.qk_norm too"),
+        ({"rotary": True, "qk_norm": False}, "model.rotary turns normalised queries and keys: set model.qk_norm too"),
         ({"rotary": True, "qk_norm": True, "width": 24, "heads": 4}, r"divisible by 4, not model.width / model.heads = 6"),
         ({"widht": 8}, "did you mean 'width'"),
     ],
@@ -35,6 +35,8 @@ def test_impossible_configs_name_the_key(name, change, told):
 def test_family_specific_keys():
     with pytest.raises(ValueError, match=r"model.width 6 is not divisible by 4"):
         MODELS.build({"name": "dit", "width": 6, "heads": 1})
+    with pytest.raises(ValueError, match=r"model.position_base must be at least 1"):
+        MODELS.build({"name": "dit", "position_base": 0})
     with pytest.raises(ValueError, match=r"model.num_timesteps must be at least 1"):
         MODELS.build({"name": "vit", "num_timesteps": 0})
     with pytest.raises(ValueError, match="norm"):
@@ -47,7 +49,7 @@ def test_replacing_a_field_is_checked_too():
         dataclasses.replace(config, input_size=7)
 
 
-@pytest.mark.parametrize("name", ["vit-tiny", "dit-tiny"])
+@pytest.mark.parametrize("name", ["vit-tiny", "dit-tiny", "mmdit-tiny"])
 def test_what_the_data_must_say_is_asked_for(name):
     config = MODELS.build({"name": name, "channels": 3})
     for use in (config.build, config.flops_per_image, lambda: config.null_label):
@@ -79,7 +81,11 @@ def test_every_preset_in_miniature_trains(name):
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-@pytest.mark.parametrize("spec", [{"name": "vit", "num_timesteps": 1000}, {"name": "dit"}], ids=lambda spec: spec["name"])
+@pytest.mark.parametrize(
+    "spec",
+    [{"name": "vit", "num_timesteps": 1000}, {"name": "dit"}, {"name": "dit", "conditioning": "attention"}, {"name": "mmdit"}],
+    ids=str,
+)
 def test_rotation_alone_tells_attention_where_a_patch_is(spec, rotary):
     """Without positions added to them, patches in another order give the same predictions in that order, unless they are turned."""
     torch.manual_seed(0)
@@ -87,6 +93,8 @@ def test_rotation_alone_tells_attention_where_a_patch_is(spec, rotary):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3) if name != "pos_embed" else parameter.zero_()
+        for name, buffer in model.named_buffers():
+            buffer.mul_(name != "positions")
     x, t, cond = torch.randn(1, 3, 8, 8), torch.tensor([3]), Cond(torch.tensor([4]))
     swapped = torch.cat([x[..., 4:, :], x[..., :4, :]], dim=2)  # the two rows of patches
     out, other = model(x, t, cond), model(swapped, t, cond)

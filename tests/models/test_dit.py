@@ -45,7 +45,9 @@ def normalise(x: torch.Tensor, norm: str) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def plain_forward(state: dict[str, torch.Tensor], x, t, cond, norm: str, out_channels: int, heads: int = 4, patch: int = 2):
+def plain_forward(
+    state: dict[str, torch.Tensor], x, t, cond, norm: str, out_channels: int, heads: int = 4, patch: int = 2, *, token: bool = False
+):
     """The architecture again, with attention written out, from the tensors alone."""
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -53,9 +55,11 @@ def plain_forward(state: dict[str, torch.Tensor], x, t, cond, norm: str, out_cha
 
     angle = t.double()[:, None] * torch.tensor([10_000 ** (-i / 128) for i in range(128)], dtype=torch.float64)
     time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], dim=1))))
-    cond = F.silu(time + state["y_embedder.embedding_table.weight"][cond.labels])
+    label = state["y_embedder.embedding_table.weight"][cond.labels]
+    cond = F.silu(time if token else time + label)
     patches = F.unfold(x, patch, stride=patch).transpose(1, 2)
     x = patches @ state["x_embedder.proj.weight"].flatten(1).T + state["x_embedder.proj.bias"] + state["pos_embed"]
+    x = torch.cat([label[:, None], x], dim=1) if token else x
     for i in range(2):
         name = f"blocks.{i}"
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", cond)[:, None].chunk(6, dim=2)
@@ -67,7 +71,7 @@ def plain_forward(state: dict[str, torch.Tensor], x, t, cond, norm: str, out_cha
         y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         x = x + gate2 * linear(f"{name}.mlp.fc2", y)
     shift, scale = linear("final_layer.adaLN_modulation.1", cond)[:, None].chunk(2, dim=2)
-    x = linear("final_layer.linear", normalise(x, norm) * (1 + scale) + shift)
+    x = linear("final_layer.linear", normalise(x, norm) * (1 + scale) + shift)[:, int(token) :]
     rows = [torch.cat(list(row.unbind(1)), dim=2) for row in x.unflatten(2, (patch, patch, out_channels)).unflatten(1, (4, 4)).unbind(1)]
     return torch.cat(rows, dim=1).permute(0, 3, 1, 2)[:, :3]
 
@@ -82,6 +86,24 @@ def test_forward_equals_the_architecture_written_out(norm, learn_sigma):
     out = model(x, t, cond)
     assert out.shape == x.shape and expected.std() > 0.1
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=5e-4)
+
+
+def test_a_class_in_attention_is_one_more_token_and_modulates_nothing():
+    model = build(conditioning="attention")
+    state, (x, t, cond) = random_state(model), batch()
+    expected = plain_forward(state, x.double(), t, cond, "layer", 3, token=True)
+    torch.testing.assert_close(model(x, t, cond).double(), expected, rtol=1e-4, atol=5e-4)
+    assert model.config.tokens == 17 and build(conditioning="attention", num_classes=0).config.tokens == 16
+    with pytest.raises(ValueError, match="needs labels"):
+        model(x, t, Cond())
+
+
+def test_positions_keep_the_base_grids_limits():
+    own, base, other = (build(position_base=base, qk_norm=True, rotary=True) for base in (None, 4, 2))
+    assert torch.equal(own.pos_embed, base.pos_embed) and torch.equal(own.rotation.bits, base.rotation.bits)
+    assert not torch.equal(own.pos_embed, other.pos_embed) and not torch.equal(own.rotation.bits, other.rotation.bits)
+    half = build(input_size=4, position_base=1)  # a grid of 2 over 0 .. 1: its corner is the patch (1, 1) of any grid
+    torch.testing.assert_close(half.pos_embed[0, 3], own.pos_embed[0, 5])
 
 
 def test_the_first_prediction_is_zero_and_every_block_the_identity():

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from fasttrain.models.embeddings import AxialRotation, LabelEmbedder, TimestepEmbedder, axial_angles, look_up, sincos_positions, sinusoid
+from fasttrain.models.embeddings import (
+    AxialRotation,
+    LabelEmbedder,
+    TimestepEmbedder,
+    axial_angles,
+    grid_coordinates,
+    look_up,
+    sincos_positions,
+    sinusoid,
+)
 
 
 def test_sinusoid_has_cosines_first_and_divides_by_half():
@@ -26,7 +35,7 @@ def test_sinusoid_is_fp32_for_every_kind_of_timestep(dtype):
 
 def test_positions_encode_the_column_first():
     width, grid = 16, 3
-    table = sincos_positions(width, grid)
+    table = sincos_positions(width, grid_coordinates(grid))
     assert table.shape == (9, 16) and table.dtype == torch.float32
     for row in range(grid):
         for column in range(grid):
@@ -37,9 +46,30 @@ def test_positions_encode_the_column_first():
             torch.testing.assert_close(table[row * grid + column], torch.tensor(expected))
 
 
+def test_coordinates_keep_their_limits_at_another_resolution():
+    """The paper's linspace(0, base, grid), both ends included; the model's own grid where there is no other base."""
+    for own in (grid_coordinates(4), grid_coordinates(4, base=4)):
+        assert own.tolist() == [0, 1, 2, 3] and own.dtype == torch.float64
+    torch.testing.assert_close(grid_coordinates(8, base=4), torch.tensor([0, 4, 8, 12, 16, 20, 24, 28], dtype=torch.float64) / 7)
+    torch.testing.assert_close(grid_coordinates(2, base=4), torch.tensor([0.0, 4.0], dtype=torch.float64))
+
+
+def test_coordinates_of_the_middle_of_a_larger_table():
+    """SD3's: i base / table for i of a table of 6; the middle 4 are i = 1 to 4, of which base 3 makes half each."""
+    assert grid_coordinates(4, base=3, table=6).tolist() == [0.5, 1.0, 1.5, 2.0]
+    assert grid_coordinates(3, table=6).tolist() == [0.5, 1.0, 1.5]  # top is (6 - 3) // 2 = 1
+
+
+def test_positions_at_other_coordinates_are_those_of_the_base_where_they_meet():
+    """Every second point of a grid of 5 over base 4 is a point of linspace(0, 4, 3): 0, 2, 4."""
+    fine = sincos_positions(16, grid_coordinates(5, base=4)).unflatten(0, (5, 5))
+    coarse = sincos_positions(16, grid_coordinates(3, base=4)).unflatten(0, (3, 3))
+    torch.testing.assert_close(fine[::2, ::2], coarse)
+
+
 def test_positions_refuse_an_odd_width():
     with pytest.raises(ValueError, match="divisible by 4"):
-        sincos_positions(18, 4)
+        sincos_positions(18, grid_coordinates(4))
 
 
 def test_look_up_names_what_is_out_of_range():
@@ -66,14 +96,14 @@ def test_timestep_embedder_casts_after_the_sinusoid():
 
 def test_rotary_angles_are_the_rows_then_the_columns():
     """Patch (row 2, column 1) of a 3 x 3 grid, behind two extra tokens; heads of 8: two pairs for either axis, of rates 1 and 1/100."""
-    angles = axial_angles(8, grid=3, extra_tokens=2)
+    angles = axial_angles(8, grid_coordinates(3), extra_tokens=2)
     assert angles.shape == (2 + 9, 4) and not angles[:2].any()
     torch.testing.assert_close(angles[2 + 3 * 2 + 1], torch.tensor([2.0, 0.02, 1.0, 0.01], dtype=torch.float64))
 
 
 def test_rotated_scores_depend_on_the_distance_alone():
     """<R_m q, R_n k> is a function of m - n: the same for every pair of patches one row down and two columns to the right."""
-    rotation = AxialRotation(16, grid=5, extra_tokens=1)
+    rotation = AxialRotation(16, grid_coordinates(5), extra_tokens=1)
     cos, sin = rotation()
     q, k = torch.randn(2, 8, 2).unbind(0)
 
@@ -88,6 +118,6 @@ def test_rotated_scores_depend_on_the_distance_alone():
 
 
 def test_rotation_keeps_fp32_in_a_bf16_network_and_is_not_saved():
-    before, after = AxialRotation(16, 5, 1)(), AxialRotation(16, 5, 1).bfloat16()()
+    before, after = AxialRotation(16, grid_coordinates(5), 1)(), AxialRotation(16, grid_coordinates(5), 1).bfloat16()()
     assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(before, after, strict=True))
-    assert not AxialRotation(16, 5, 1).state_dict()
+    assert not AxialRotation(16, grid_coordinates(5), 1).state_dict()

@@ -10,6 +10,7 @@ from fasttrain.models.memory import count_parameters
 LATENTS = {"input_size": 32, "channels": 4, "num_classes": 1000}
 PIXELS = {"input_size": 64, "channels": 3}
 SIGMA = {**LATENTS, "learn_sigma": True}
+CLIP = {"text_tokens": 77, "text_width": 768, "text_pooled": 768}
 
 # preset, geometry, depth, width, millions
 VIT = [
@@ -65,6 +66,51 @@ def test_dit_counts(preset, geometry, depth, width, millions):
     assert round(expected / 1e6, 2) == millions
 
 
+def test_a_class_in_attention_has_dits_parameters_and_the_papers_count():
+    config = MODELS.build({"name": "dit-xl/2", **LATENTS, "conditioning": "attention"})
+    count = count_parameters(config)
+    assert count == count_parameters(MODELS.build({"name": "dit-xl/2", **LATENTS}))
+    assert count.total / 1e6 == pytest.approx(679.09, rel=0.01)
+
+
+def mmdit_parameters(
+    depth: int, width: int, patch: int, channels: int, heads: int, *, dual: bool, tokens_in: int, pooled: int, classes: int
+) -> int:
+    full = 18 * width**2 + 15 * width  # qkv, projection, MLP, modulation, with their biases
+    last_text = 5 * width**2 + 5 * width  # qkv and two vectors of modulation
+    inner = 2 * depth * full - full + last_text if dual else depth * (full + 3 * width**2 + 3 * width)
+    norms = 4 * depth * (width // heads)
+    values = patch * patch * channels
+    time = (256 + 1) * width + (width + 1) * width
+    text = (tokens_in + 1) * width if tokens_in else (classes + 1) * width
+    text += (pooled + 1) * width + (width + 1) * width if pooled else 0
+    return inner + norms + (values + 1) * width + time + text + 2 * width * (width + 1) + (width + 1) * values
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "width", "heads"), [("s", 12, 384, 6), ("b", 12, 768, 12), ("l", 24, 1024, 16), ("xl", 28, 1152, 16)]
+)
+@pytest.mark.parametrize(("stem", "dual"), [("mmdit", False), ("mmdit-dual", True)])
+def test_mmdit_counts(stem, dual, size, depth, width, heads):
+    shape = {"depth": depth, "width": width, "patch": 2, "channels": 4, "heads": heads, "dual": dual, "classes": 1000}
+    classes = MODELS.build({"name": f"{stem}-{size}/2", **LATENTS})
+    assert count_parameters(classes).total == mmdit_parameters(**shape, tokens_in=0, pooled=0)
+    text = MODELS.build({"name": f"{stem}-{size}/2", **LATENTS, **CLIP})
+    counts = count_parameters(text)
+    assert counts.total == counts.trained == mmdit_parameters(**shape, tokens_in=768, pooled=768 if dual else 0)
+
+
+@pytest.mark.parametrize("heads", [16, 18])
+def test_mmdits_published_counts(heads):
+    """The shared form is the paper's 791.64 M with CLIP-L's text, within 1 %; SD3's two streams at that size are 1,328.9 M."""
+    shared, dual = (MODELS.build({"name": name, **LATENTS, **CLIP, "heads": heads}) for name in ("mmdit-xl/2", "mmdit-dual-xl/2"))
+    assert count_parameters(shared).total / 1e6 == pytest.approx(791.64, rel=0.01)
+    assert round(count_parameters(dual).total / 1e6, 1) == 1328.9
+    controls = {"size": "low", "crop": "high", "flip": "high"}
+    told = MODELS.build({**MODELS.spec(shared), "controls": controls, "num_timesteps": 1000})
+    assert count_parameters(told).total / 1e6 == pytest.approx(791.64, rel=0.01)
+
+
 @pytest.mark.parametrize("patch", [4, 8])
 @pytest.mark.parametrize(("size", "depth", "width"), [("s", 12, 384), ("b", 12, 768), ("l", 24, 1024), ("xl", 28, 1152)])
 def test_dit_counts_of_larger_patches(size, depth, width, patch):
@@ -72,7 +118,7 @@ def test_dit_counts_of_larger_patches(size, depth, width, patch):
     assert count_parameters(config).total == dit_parameters(depth, width, patch, 4, 32, 1000, out_channels=4)
 
 
-@pytest.mark.parametrize("preset", ["vit-tiny", "dit-tiny"])
+@pytest.mark.parametrize("preset", ["vit-tiny", "dit-tiny", "mmdit-tiny", "mmdit-dual-tiny"])
 def test_tiny_fits_a_cpu(preset):
     config = MODELS.build({"name": preset, "input_size": 8, "channels": 1, "num_classes": 10})
     assert 5e5 < count_parameters(config).trained < 5e6
