@@ -117,7 +117,7 @@ def measure(point: Point, effort: Effort, clock: Clock, ceilings: dict[str, Any]
     torch.compiler.reset()
     case, device = CASES[point.operation], clock.device
     inputs = grown(case, point, device)
-    elements = next(iter(inputs.values())).numel()
+    elements = case.elements(inputs)
     able, refused = _able(point, case, inputs, effort, device)
     regions = {arm.name: Region(arm.call, inputs, case, point.options) for arm in able}
     directions: dict[str, Any] = {"forward": {name: (region.forward, None) for name, region in regions.items()}}

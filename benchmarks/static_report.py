@@ -7,7 +7,7 @@ Static facts, and no speeds. Machine code comes from Triton's own compiler and p
 would be, and is disassembled. Bytes are counted in Triton's interpreter, active lanes only, tensor by tensor:
 
 - tensors in bulk (at least a quarter as many elements as the first input), per element: what the minimum is about;
-- rows of modulation, weights and statistics at a stated batch: those of a launch's first program, times its programs;
+- rows of modulation, weights and statistics at a stated batch: those of a launch's middle program, times its programs;
 - partial sums at a stated batch: written once by one kernel, read once by the next.
 """
 
@@ -64,7 +64,7 @@ def small_bytes(passes: Passes, launch: Launch, alike: Launch, alike_elements: i
     """
     through_a_table = compile_launch(launch, TELLING).pointers_from_a_table > 0
     if not through_a_table:
-        run_program(launch, (0,) * len(launch.grid), counting=True)
+        run_program(launch, tuple(size // 2 for size in launch.grid), counting=True)
     source, times = (alike, passes.elements / alike_elements) if through_a_table else (launch, prod(launch.grid))
     names = tensors_of(launch).keys() - passes.bulk(launch) - passes.partial_sums(launch)
     return times * sum(traffic.read + traffic.written for name, traffic in source.traffic.items() if name in names)

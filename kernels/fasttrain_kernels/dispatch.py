@@ -22,6 +22,7 @@ OPERATIONS = (
     "gated_adaln",
     "residual_norm",
     "qk_norm",
+    "joint_qk_norm",
     "bias_gelu",
     "adamw_ema",
 )

@@ -6,13 +6,14 @@
 
     g = dq turned back;   inner = g weight;   dx = rstd (inner - n mean(inner n));   dweight = sum over tokens and heads of g n
 
-qkv is [B, T, 3 h d] (q, k, v; within each the heads; within each d elements), fp32, bf16 or fp16, computed in fp32. q and k are written
-anew, [B, T, h, d] in memory; v stays where it is, as a view. The backward pass writes the packed gradient once, dv into its place, where
-plain autograd would fill zeros, copy and add. Bytes per element in bf16: q and k 4 forward, 6 backward; v 0 forward, 4 backward. Kept
-for the backward pass: qkv, the weights, cos and sin; rstd is computed again from the x that is read anyway (kept, it would cost 4 bytes
-each way for every head of a token). cos and sin, 4 T d bytes, stay in the caches. The weights' gradients are summed in two passes of fixed
-order, without atomics: a program owns a range of (token, head) rows and writes fp32 sums, [programs, 2, d]. They are extra bytes: for
-B = 32, T = 256, h = 16, d = 72 on 132 processors 0.2 MB written and read again beside 151 MB.
+qkv is [B, T, 3 h d] (q, k, v; within each the heads; within each d elements), fp32, bf16 or fp16, computed in fp32; it may be a view with
+gaps of whole heads between samples or tokens. q and k are written anew, [B, T, h, d] in memory; v stays where it is, as a view. The
+backward pass reads the gradients where attention left them, if all three lie alike, and writes the packed one once, dv into its place,
+where plain autograd would fill zeros, copy and add. Bytes per element in bf16: q and k 4 forward, 6 backward; v 0 forward, 4 backward.
+Kept for the backward pass: qkv, the weights, cos and sin; rstd is computed again from the x that is read anyway (kept, it would cost 4
+bytes each way for every head of a token). cos and sin, 4 T d bytes, stay in the caches. The weights' gradients are summed in two passes
+of fixed order, without atomics: a program owns a range of (token, head) rows and writes fp32 sums, [programs, 2, d]. They are extra
+bytes: for B = 32, T = 256, h = 16, d = 72 on 132 processors 0.2 MB written and read again beside 151 MB.
 """
 
 import torch
@@ -24,22 +25,18 @@ from fasttrain_kernels.arguments import require_constant, require_float, require
 from fasttrain_kernels.dispatch import choose
 from fasttrain_kernels.language import jit, tl, triton
 from fasttrain_kernels.partial_sums import sum_rows
-from fasttrain_kernels.processors import processors
+from fasttrain_kernels.qk_norm_kernels import (
+    backward_programs,
+    backward_rows,
+    constants,
+    contiguous,
+    forward_tile,
+    in_whole_heads,
+    require_room,
+    strides_in_heads,
+    tile_rows,
+)
 from fasttrain_kernels.registration import operation
-
-MAX_HEAD_WIDTH = 1024
-"""A head of one token lives within one program's registers."""
-MAX_ROWS = 2**30
-"""Of heads of tokens: they are counted in 32 bits, elements in 64."""
-
-_TILE = 1024
-"""Elements of q or k that 128 threads hold at once, 8 each: 16-byte accesses in bf16."""
-_WARPS, _GROUPS = 4, 2
-"""Tiles a program reads at once. On sm_90, with angles, the forward kernel then takes 62 registers from Triton 3.7 and 71 from 3.6, the
-backward kernel 128 and 140: at least 56 and 60 KB of loads in flight on a processor, of which 31 and 34 KB are not beyond d = 72 in a
-tile of 128. Forward, one tile has three quarters of that; num_stages takes 60 % more instructions. Not timed."""
-_BACKWARD_PROGRAMS_PER_PROCESSOR = 3
-"""One wave from either Triton; of four programs 3.6 would leave one to a wave of its own."""
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -62,49 +59,8 @@ def qk_norm_reference(
 
 
 @jit
-def _rotate(x, cos, sin):
-    """[GROUPS, ROWS, BLOCK]: each pair of adjacent elements turned by its angle; a thread holds both, so nothing is exchanged."""
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
-    return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), x.shape)
-
-
-@jit
-def _rstd(x, eps, WIDTH: tl.constexpr):
-    """[GROUPS, ROWS, 1]: 1 / sqrt(mean(x^2) + eps); x is 0 beyond WIDTH."""
-    return tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / WIDTH + eps)
-
-
-@jit
-def _tile(first, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the rows (token, head) from `first` on: their tokens [GROUPS, ROWS]; offsets of q in qkv, and in q alone; and the mask."""
-    row = first + tl.arange(0, GROUPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    token = row // HEADS
-    column = tl.arange(0, BLOCK)[None, None, :]
-    start = row.to(tl.int64) * WIDTH
-    packed = (start + token.to(tl.int64) * (2 * HEADS * WIDTH))[:, :, None] + column
-    return token, packed, start[:, :, None] + column, (row < rows)[:, :, None] & (column < WIDTH)
-
-
-@jit
-def _weight_tile(weight, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[1, ROWS, BLOCK] fp32: the weight once a row, which makes its loads 16 bytes wide; all but one of them hit the first cache."""
-    column = tl.arange(0, BLOCK)[None, None, :]
-    return tl.load(weight + tl.zeros([1, ROWS, 1], tl.int32) + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-
-
-@jit
-def _angle_tiles(cos, sin, token, tokens, rows, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """2 x [GROUPS, ROWS, BLOCK / 2] fp32: the rows' cosines and sines, which the caches hold."""
-    pair = tl.arange(0, BLOCK // 2)[None, None, :]
-    mask = (token * HEADS < rows)[:, :, None] & (pair < WIDTH // 2)
-    element = ((token % tokens) * (WIDTH // 2))[:, :, None] + pair
-    cosine, sine = tl.load(cos + element, mask=mask, other=0.0), tl.load(sin + element, mask=mask, other=0.0)
-    return cosine.to(tl.float32), sine.to(tl.float32)
-
-
-@jit
 def _qk_norm_forward_kernel(
-    qkv,  # [B, T, 3, HEADS, WIDTH] any float
+    qkv,  # [B, T, 3, HEADS, WIDTH] any float, of any strides of samples and tokens
     q_weight,  # [WIDTH] any float
     k_weight,  # [WIDTH] any float
     cos,  # [T, WIDTH / 2] any float, or None
@@ -113,6 +69,8 @@ def _qk_norm_forward_kernel(
     k,  # [B, T, HEADS, WIDTH] qkv's type
     rows,
     tokens,
+    sample_stride,
+    token_stride,
     eps,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -120,34 +78,38 @@ def _qk_norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token, packed, split, mask = _tile(tl.program_id(0) * (GROUPS * ROWS), rows, HEADS, WIDTH, GROUPS, ROWS, BLOCK)
-    query = tl.load(qkv + packed, mask=mask, other=0.0).to(tl.float32)
-    key = tl.load(qkv + HEADS * WIDTH + packed, mask=mask, other=0.0).to(tl.float32)
-    query *= _rstd(query, eps, WIDTH) * _weight_tile(q_weight, WIDTH, ROWS, BLOCK)
-    key *= _rstd(key, eps, WIDTH) * _weight_tile(k_weight, WIDTH, ROWS, BLOCK)
-    if cos is not None:
-        cosine, sine = _angle_tiles(cos, sin, token, tokens, rows, HEADS, WIDTH, BLOCK)
-        query, key = _rotate(query, cosine, sine), _rotate(key, cosine, sine)
-    tl.store(q + split, query, mask=mask)
-    tl.store(k + split, key, mask=mask)
-
-
-@jit
-def _gradient(grad, x, gain, eps, WIDTH: tl.constexpr):
-    """The gradients of x and, summed over GROUPS, of gain, for the gradient of x rstd gain."""
-    spread = _rstd(x, eps, WIDTH)
-    normed = x * spread
-    dgain = tl.sum(grad * normed, axis=0)
-    inner = grad * gain
-    return spread * (inner - normed * (tl.sum(inner * normed, axis=2, keep_dims=True) / WIDTH)), dgain
+    first = tl.program_id(0) * (GROUPS * ROWS)
+    forward_tile(
+        qkv,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        q,
+        k,
+        None,
+        first,
+        rows,
+        tokens,
+        0,
+        tokens,
+        sample_stride,
+        token_stride,
+        eps,
+        HEADS,
+        WIDTH,
+        GROUPS,
+        ROWS,
+        BLOCK,
+    )
 
 
 @jit
 def _qk_norm_backward_kernel(
-    dq,  # [B, T, HEADS, WIDTH] qkv's type
+    dq,  # [B, T, HEADS, WIDTH] qkv's type, of any strides, which dk and dv share
     dk,  # [B, T, HEADS, WIDTH] qkv's type
     dv,  # [B, T, HEADS, WIDTH] qkv's type, or None
-    qkv,  # [B, T, 3, HEADS, WIDTH] any float
+    qkv,  # [B, T, 3, HEADS, WIDTH] any float, of any strides of samples and tokens
     q_weight,  # [WIDTH] any float
     k_weight,  # [WIDTH] any float
     cos,  # [T, WIDTH / 2] any float, or None
@@ -157,6 +119,11 @@ def _qk_norm_backward_kernel(
     rows,
     tokens,
     share,
+    sample_stride,
+    token_stride,
+    grad_sample_stride,
+    grad_token_stride,
+    grad_head_stride,
     eps,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -165,41 +132,35 @@ def _qk_norm_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0) * share
-    q_gain = _weight_tile(q_weight, WIDTH, ROWS, BLOCK)
-    k_gain = _weight_tile(k_weight, WIDTH, ROWS, BLOCK)
-    q_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    k_total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(start, tl.minimum(start + share, rows), GROUPS * ROWS):
-        token, packed, split, mask = _tile(first, rows, HEADS, WIDTH, GROUPS, ROWS, BLOCK)
-        query = tl.load(qkv + packed, mask=mask, other=0.0).to(tl.float32)
-        key = tl.load(qkv + HEADS * WIDTH + packed, mask=mask, other=0.0).to(tl.float32)
-        query_grad = tl.load(dq + split, mask=mask, other=0.0).to(tl.float32)
-        key_grad = tl.load(dk + split, mask=mask, other=0.0).to(tl.float32)
-        if dv is None:
-            value_grad = tl.zeros_like(query)
-        else:
-            value_grad = tl.load(dv + split, mask=mask, other=0.0)
-        if cos is not None:
-            cosine, sine = _angle_tiles(cos, sin, token, tokens, rows, HEADS, WIDTH, BLOCK)
-            query_grad, key_grad = _rotate(query_grad, cosine, -sine), _rotate(key_grad, cosine, -sine)
-        query, q_part = _gradient(query_grad, query, q_gain, eps, WIDTH)
-        key, k_part = _gradient(key_grad, key, k_gain, eps, WIDTH)
-        q_total += q_part
-        k_total += k_part
-        tl.store(dqkv + packed, query, mask=mask)
-        tl.store(dqkv + HEADS * WIDTH + packed, key, mask=mask)
-        tl.store(dqkv + 2 * HEADS * WIDTH + packed, value_grad, mask=mask)
-    column = tl.arange(0, BLOCK)
-    mine = sums + tl.program_id(0) * (2 * WIDTH) + column
-    tl.store(mine, tl.sum(q_total, axis=0), mask=column < WIDTH)
-    tl.store(mine + WIDTH, tl.sum(k_total, axis=0), mask=column < WIDTH)
-
-
-def _sizes(qkv: Tensor, heads: int) -> dict[str, int]:
-    """The kernels' constants."""
-    width = qkv.shape[2] // (3 * heads)
-    block = max(2, triton.next_power_of_2(width))
-    return {"HEADS": heads, "WIDTH": width, "GROUPS": _GROUPS, "ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": _WARPS}
+    end = tl.minimum(start + share, rows)
+    mine = sums + tl.program_id(0) * (2 * WIDTH)
+    backward_rows(
+        dq,
+        dk,
+        dv,
+        qkv,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        dqkv,
+        mine,
+        start,
+        end,
+        tokens,
+        0,
+        sample_stride,
+        token_stride,
+        grad_sample_stride,
+        grad_token_stride,
+        grad_head_stride,
+        eps,
+        HEADS,
+        WIDTH,
+        GROUPS,
+        ROWS,
+        BLOCK,
+    )
 
 
 def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -207,22 +168,20 @@ def _outputs(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return q, torch.empty_like(q)
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 @operation("qk_norm", fake=lambda qkv, q_weight, k_weight, cos, sin, heads, eps: _outputs(qkv, heads))
 def _qk_norm_op(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    inputs = _dense(qkv, q_weight, k_weight, cos, sin)
     q, k = _outputs(qkv, heads)
     if q.numel() > 0:
-        batch, tokens, _ = qkv.shape
-        sizes, rows = _sizes(qkv, heads), batch * tokens * heads
-        programs = triton.cdiv(rows, sizes["GROUPS"] * sizes["ROWS"])
+        (batch, tokens, _), width = qkv.shape, q.shape[3]
+        (qkv,), others = in_whole_heads(width, qkv), contiguous(q_weight, k_weight, cos, sin)
+        rows = batch * tokens * heads
+        programs = triton.cdiv(rows, tile_rows(heads, width))
         with torch.cuda.device_of(qkv):
-            _qk_norm_forward_kernel[programs,](*inputs, q, k, rows, tokens, eps, **sizes)
+            _qk_norm_forward_kernel[programs,](
+                qkv, *others, q, k, rows, tokens, *strides_in_heads(qkv, width), eps, **constants(heads, width)
+            )
     return q, k
 
 
@@ -247,14 +206,16 @@ def _qk_norm_backward_op(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
         return dqkv, torch.zeros((2, *q_weight.shape), dtype=q_weight.dtype, device=qkv.device)
-    inputs = _dense(dq, dk, dv, qkv, q_weight, k_weight, cos, sin)
-    batch, tokens, _ = qkv.shape
-    sizes, rows = _sizes(qkv, heads), batch * tokens * heads
-    tile = sizes["GROUPS"] * sizes["ROWS"]
-    share = triton.cdiv(triton.cdiv(rows, _BACKWARD_PROGRAMS_PER_PROCESSOR * processors(qkv.device)), tile) * tile
+    (batch, tokens, _), width = qkv.shape, dq.shape[3]
+    grads, (qkv,), others = in_whole_heads(width, dq, dk, dv), in_whole_heads(width, qkv), contiguous(q_weight, k_weight, cos, sin)
+    rows, tile = batch * tokens * heads, tile_rows(heads, width)
+    share = triton.cdiv(triton.cdiv(rows, backward_programs(qkv.device)), tile) * tile
     sums = torch.empty((triton.cdiv(rows, share), 2, *q_weight.shape), dtype=torch.float32, device=qkv.device)
+    strides = [*strides_in_heads(qkv, width), *strides_in_heads(grads[0], width)]
     with torch.cuda.device_of(qkv):
-        _qk_norm_backward_kernel[sums.shape[0],](*inputs, dqkv, sums, rows, tokens, share, eps, **sizes)
+        _qk_norm_backward_kernel[sums.shape[0],](
+            *grads, qkv, *others, dqkv, sums, rows, tokens, share, *strides, eps, **constants(heads, width)
+        )
     return dqkv, sum_rows(sums, q_weight.dtype)
 
 
@@ -315,9 +276,7 @@ def qk_norm(
     require_angles(qkv, q_weight, cos, sin)
     if choose(impl, qkv, q_weight) == "reference":
         return qk_norm_reference(qkv, q_weight, k_weight, heads=heads, cos=cos, sin=sin, eps=eps)
-    if q_weight.shape[0] > MAX_HEAD_WIDTH or qkv.shape[0] * qkv.shape[1] * heads > MAX_ROWS:
-        got = f"{heads} heads of {q_weight.shape[0]} elements in qkv {list(qkv.shape)}"
-        raise ValueError(f"the Triton kernel takes {MAX_ROWS} heads of {MAX_HEAD_WIDTH} elements, got {got}; use impl='reference'")
+    require_room(heads, q_weight.shape[0], qkv=qkv)
     q, k, v = _QkNorm.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

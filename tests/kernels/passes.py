@@ -21,7 +21,7 @@ BULK = 4
 
 @dataclass(frozen=True)
 class Passes:
-    """The launches of one call and of its gradients, for a first input of `elements`."""
+    """The launches of one call and of its gradients, and the number of elements that the operation's minimum of bytes is about."""
 
     elements: int
     inputs: list[Tensor]
@@ -33,7 +33,7 @@ class Passes:
 
     def bulk(self, launch: Launch) -> set[str]:
         """The arguments in bulk: what the minimum of bytes is about."""
-        large = {name for name, tensor in tensors_of(launch).items() if tensor.numel() * BULK >= self.elements}
+        large = {name for name, tensor in tensors_of(launch).items() if tensor.numel() * BULK >= self.inputs[0].numel()}
         return large - self.partial_sums(launch)
 
     def partial_sums(self, launch: Launch) -> set[str]:
@@ -98,4 +98,4 @@ def _passes(
         outputs, leaves = forward(case.call, inputs, case, impl="triton", **options)
         ahead = len(launches)
         gradients(outputs, leaves)
-    return Passes(prod(shape), list(inputs.values()), launches[:ahead], launches[ahead:])
+    return Passes(case.elements(inputs), list(inputs.values()), launches[:ahead], launches[ahead:])

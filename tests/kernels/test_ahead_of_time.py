@@ -78,7 +78,7 @@ def is_wide(compiled: Compiled, passes: Passes, launch: Launch) -> bool:
 def test_narrow_accesses_would_be_seen() -> None:
     for x0, wide in ((torch.ones(4 * 4096), True), (torch.ones(4 * 4096 + 1)[1:], False)):
         launch = recorded_noising(x0.bfloat16() if wide else torch.ones(4 * 4096 + 1, dtype=torch.bfloat16)[1:])
-        passes = Passes(4 * 4096, [], [launch], [])
+        passes = Passes(4 * 4096, [x0], [launch], [])
         assert is_wide(compile_launch(launch, "sm_90"), passes, launch) is wide
 
 
@@ -96,7 +96,7 @@ def test_spills_would_be_seen() -> None:
     assert compiled.spilled_bytes > 0 and compiled.registers <= 32
 
 
-@pytest.mark.parametrize("name", ["bias_gelu", "qk_norm"])
+@pytest.mark.parametrize("name", ["bias_gelu", "qk_norm", "joint_qk_norm"])
 def test_a_backward_grid_is_one_wave(name: str) -> None:
     # Its programs share the rows out among them: any that must wait for the others would run nearly alone, after them.
     case = CASES[name]

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from fasttrain_kernels.qk_norm import MAX_HEAD_WIDTH, MAX_ROWS, qk_norm, qk_norm_reference
+from fasttrain_kernels.qk_norm import qk_norm, qk_norm_reference
+from fasttrain_kernels.qk_norm_kernels import MAX_HEAD_WIDTH, MAX_ROWS
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func

@@ -29,13 +29,20 @@ class Case:
     real: tuple[Shape, ...]
     """One sample of the first input at which machine code is read and time is taken."""
     minimum: tuple[float, float]
-    """Bytes that an element of the first input costs at least in bf16, forward and backward [PERFORMANCE: the operation's docstring]."""
+    """Bytes that each element costs at least in bf16, forward and backward, of the first input and of those `counted` [PERFORMANCE: the
+    operation's docstring]."""
     smallest: tuple[Shape, ...] = ((1, 1),)
     """Shapes of which some sizes are one, which a real launch turns into constants."""
     tiny: Shape = (2, 3, 5)
     """A shape on which gradients can be checked by finite differences."""
+    counted: tuple[str, ...] = ()
+    """Inputs beside the first whose elements `minimum` is about as well."""
     options: tuple[dict[str, Any], ...] = ({},)
     """Settings worth testing, each a set of keyword arguments."""
+
+    def elements(self, inputs: Inputs) -> int:
+        """How many elements `minimum` is about."""
+        return sum(inputs[name].numel() for name in (next(iter(inputs)), *self.counted))
 
 
 def randn(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
