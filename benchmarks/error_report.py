@@ -1,13 +1,15 @@
 """How far every kernel is from the truth, beside what it may be off by: for every operation, option, type and batch.
 
-    python -m benchmarks.error_report        prints a table, writes benchmarks/results/<device>/errors.json
+    python -m benchmarks.error_report                prints a table, writes benchmarks/results/<device>/errors.json
+    python -m benchmarks.error_report adaln noising  these operations anew, the others as the file has them
 
 Truth is the reference in float64; the budget twice plain PyTorch's own error in the same type, and a small floor (tests/kernels/calls.py).
 Kernels run on the GPU if there is one, and in Triton's interpreter elsewhere. The exit status is 1 if a budget is exceeded.
 """
 
 import argparse
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,19 +49,27 @@ def kernels_on(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cuda" else interpreting()
 
 
-def report(device: torch.device, console: Console) -> Row:
-    """Everything measured, as plain values for JSON."""
-    rows: list[Row] = []
-    for operation, case in CASES.items():
-        for options in case.options:
-            for dtype in DTYPES:
-                for batch in BATCHES:
-                    key = {"operation": operation, "options": {name: str(value) for name, value in options.items()}}
-                    size = {"dtype": dtype, "shape": [batch, *case.sample]}
-                    rows += [{**key, **size, **row} for row in measure(case, options, DTYPES[dtype], batch, device)]
-        console.print(f"{operation}: {sum(row['operation'] == operation for row in rows)} tensors")
+def measured(operation: str, device: torch.device) -> Iterator[Row]:
+    """One operation in every setting, type and batch."""
+    case = CASES[operation]
+    for options in case.options:
+        for dtype in DTYPES:
+            for batch in BATCHES:
+                key = {"operation": operation, "options": {name: str(value) for name, value in options.items()}}
+                size = {"dtype": dtype, "shape": [batch, *case.sample]}
+                for row in measure(case, options, DTYPES[dtype], batch, device):
+                    yield {**key, **size, **row}
+
+
+def report(device: torch.device, console: Console, operations: Sequence[str], kept: list[Row]) -> Row:
+    """These operations anew, beside what is kept of others, as plain values for JSON."""
+    found = {name: [row for row in kept if row["operation"] == name] for name in CASES}
+    for operation in operations:
+        found[operation] = list(measured(operation, device))
+        console.print(f"{operation}: {len(found[operation])} tensors")
     how = "natively" if device.type == "cuda" else "in Triton's interpreter"
-    return {"benchmark": "errors", "environment": environment(device), "kernels_run": how, "rows": rows}
+    told = {"benchmark": "errors", "environment": environment(device), "kernels_run": how}
+    return {**told, "rows": [row for each in found.values() for row in each]}
 
 
 def share(row: Row) -> float:
@@ -92,12 +102,16 @@ def rows(result: Row) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operations", nargs="*", metavar="operation", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--out", type=Path, help="the JSON file")
     args = parser.parse_args(arguments)
+    if unknown := set(args.operations) - set(CASES):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(CASES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(width=160)
-    result = report(device, console)
     path = args.out or results_folder(device) / "errors.json"
+    kept = json.loads(path.read_text())["rows"] if args.operations and path.exists() else []
+    result = report(device, console, args.operations or list(CASES), kept)
     write_json(path, result)
     found = rows(result)
     table = Table(*found[0], title=f"Errors of kernels run {result['kernels_run']}, the tensor nearest to its budget")

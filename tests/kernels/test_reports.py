@@ -59,6 +59,9 @@ def test_bytes_of_rows_statistics_and_partial_sums_are_counted_apart(monkeypatch
 
 def test_other_operations_are_kept_when_some_are_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static_report, "directions", lambda operation, *_: [{"operation": operation, "is": "new"}])
+    monkeypatch.setattr(error_report, "measured", lambda operation, *_: [{"operation": operation, "is": "new"}])
     kept = [{"operation": name, "is": "old"} for name in ("adaln", "noising", "gone")]
-    result = static_report.report(static_report.Console(quiet=True), ["noising"], kept)
-    assert result["passes"] == [{"operation": "noising", "is": "new"}, {"operation": "adaln", "is": "old"}]
+    console = static_report.Console(quiet=True)
+    expected = [{"operation": "noising", "is": "new"}, {"operation": "adaln", "is": "old"}]
+    assert static_report.report(console, ["noising"], kept)["passes"] == expected
+    assert error_report.report(torch.device("cpu"), console, ["noising"], kept)["rows"] == expected
