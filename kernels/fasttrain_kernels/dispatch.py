@@ -18,6 +18,7 @@ OPERATIONS = (
     "latent_noising",
     "noising",
     "weighted_mse",
+    "text_padding",
     "adaln",
     "gated_adaln",
     "residual_norm",

@@ -1,4 +1,4 @@
-"""Cases of the operations that draw random numbers: uniform numbers, noising, the weighted error."""
+"""Cases of the operations that draw random numbers: uniform numbers, noising, the weighted error, padded captions."""
 
 import torch
 
@@ -6,6 +6,7 @@ from fasttrain_kernels.cases.case import Case, Inputs, Shape, draws, randn
 from fasttrain_kernels.latent_noising import latent_noising, latent_noising_reference
 from fasttrain_kernels.noising import noising, noising_reference
 from fasttrain_kernels.philox import Purpose
+from fasttrain_kernels.text_padding import text_padding, text_padding_reference
 from fasttrain_kernels.uniform import uniform, uniform_reference
 from fasttrain_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
@@ -47,6 +48,15 @@ def weighted_mse_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) 
         **draws(shape[0], device),
         "timestep_range": (3 + 2 * torch.arange(shape[0], device=device)) % 5,
     }
+
+
+def text_padding_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Captions of `shape` [B, M, E], in turn as long as their places and half as long; each channel has a mean, what is behind is 9."""
+    tokens = randn(shape, torch.float32, device, 0) + torch.linspace(-3.0, 3.0, shape[2], device=device)
+    half = torch.arange(shape[0], device=device) % 2
+    length = torch.where(half == 1, max(1, shape[1] // 2), shape[1])
+    behind = torch.arange(shape[1], device=device)[:, None] >= length[:, None, None]
+    return {"tokens": tokens.masked_fill(behind, 9.0).to(dtype), "length": length, **draws(shape[0], device)}
 
 
 NOISE_CASES = {
@@ -94,5 +104,17 @@ NOISE_CASES = {
         real=((4, 32, 32),),
         minimum=(4, 6),
         options=({"ranges": 6},),
+    ),
+    "text_padding": Case(
+        reference=text_padding_reference,
+        call=text_padding,
+        inputs=text_padding_inputs,
+        differentiable=(),
+        shapes=((5, 3, 48), (2, 7, 33), (1, 77, 768), (3, 16, 1025), (2, 1, 1), (0, 3, 8), (2, 0, 8)),
+        sample=(77, 768),
+        real=((77, 768), (77, 1024), (77, 1152), (77, 4096)),
+        minimum=(7.5, 0),
+        smallest=((1, 1, 1), (2, 1, 48)),
+        options=({"noise": 0.5},),
     ),
 }
