@@ -2,9 +2,10 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fasttrain_kernels.dispatch import Kernels
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,19 +14,26 @@ from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.addresses import scheme_of
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
-from fasttrain.diffusion.schedule import SCHEDULES, Cosine, Schedule
+from fasttrain.diffusion.schedule import SCHEDULES, Cosine, RectifiedFlow, Schedule
 from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
 from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
 from fasttrain.engine.deepspeed import read_settings, zero_stage
 from fasttrain.engine.optimizer import OptimizerConfig
 from fasttrain.errors import UserError
+from fasttrain.interchange.config import InitFrom
 from fasttrain.models import MODELS, Transformer
+from fasttrain.models.modulated import Modulated
+from fasttrain.models.vit import ViT
 from fasttrain.plain_yaml import read_yaml
 from fasttrain.registry import printable, shown
+from fasttrain.sampling import SAMPLERS, Sampler
+from fasttrain.sampling.guidance import Guidance, GuidanceChoice
+from fasttrain.sampling.heun import Heun
 
 MOST_MISTAKES = 20  # that are told at once
 VERDICT_SECONDS = 30.0  # for the verdict on a rank, the stacks, and what a rank does before it ends
 LONGEST_WAIT = 1e7  # seconds, four months: what the libraries beneath can hold
+SHORT_FORMS = {"kernels": DEFAULT, "init_from": "source"}  # sections given as a text: the key that it stands for; elsewhere `name`
 
 
 class Section(BaseModel):
@@ -110,8 +118,8 @@ class SamplingConfig(Section):
 
     every: int | None = Field(default=None, gt=0)
     count: int = Field(default=64, gt=0, le=10_000)
-    steps: int = Field(default=18, ge=2, le=10_000)
-    guidance: float = Field(default=1.0, gt=0)
+    sampler: Annotated[Sampler, *SAMPLERS.field()] = Heun(steps=18)
+    guidance: GuidanceChoice = Guidance()
 
 
 class LogConfig(Section):
@@ -142,6 +150,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     sampling: SamplingConfig = SamplingConfig()
     log: LogConfig = LogConfig()
+    init_from: InitFrom | None = None
     deepspeed: str | dict[str, Any] = Field(default_factory=lambda: {"zero_optimization": {"stage": 1}})
 
     @field_validator("run_dir", mode="before")
@@ -158,10 +167,15 @@ class RunConfig(Section):
             raise ValueError("log.held_out_every needs data.held_out: the number of images kept out of training")
         if not self.optimizer.ema and (self.log.held_out_every or self.sampling.every):
             raise ValueError("log.held_out_every and sampling.every look at the averaged weights: give optimizer.ema an average")
-        if self.sampling.every and self.sampling.guidance != 1 and not self.diffusion.label_drop:
+        if self.sampling.every:
+            self._check_guidance()
+        if isinstance(self.model, ViT) and isinstance(self.diffusion.schedule, RectifiedFlow):
             raise ValueError(
-                f"sampling.guidance {self.sampling.guidance} needs diffusion.label_drop > 0, which trains the null label; or set it to 1"
+                "model: a ViT looks timesteps up in a table, and diffusion.schedule flow has real ones: take a dit or an mmdit, "
+                "or a discrete schedule"
             )
+        if self.init_from is not None and os.path.realpath(self.init_from.source) == os.path.realpath(self.run_dir):
+            raise ValueError(f"init_from names this run's own run_dir, {self.run_dir}: name another run, or leave it out")
         # Models without a table of timesteps take any.
         rows, timesteps = getattr(self.model, "num_timesteps", None), self.diffusion.schedule.num_timesteps
         if rows is not None and rows < timesteps:
@@ -170,6 +184,18 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_guidance(self) -> None:
+        guidance = self.sampling.guidance
+        if guidance.scale != 1 and not self.diffusion.label_drop:
+            raise ValueError(
+                f"sampling.guidance {guidance.scale:g} needs diffusion.label_drop > 0, which trains the null label; or set it to 1"
+            )
+        if guidance.controls != 1 and not (self.diffusion.control_drop and self.controls):
+            raise ValueError(
+                f"sampling.guidance.controls {guidance.controls:g} needs model.controls and diffusion.control_drop > 0, which trains "
+                "the model without them; or set it to 1"
+            )
+
     def deepspeed_settings(self) -> dict[str, Any]:
         """DeepSpeed's own settings, read and checked."""
         return read_settings(self.deepspeed)
@@ -177,8 +203,13 @@ class RunConfig(Section):
     @property
     def patience(self) -> dict[str, float]:
         """How many seconds longer than `training.timeout_seconds` a thing may last that is tried again meanwhile."""
-        remote = scheme_of(self.data.train) is not None
+        remote = any(place and scheme_of(place) for place in (self.data.train, self.data.text))
         return {"data": self.data.retry_seconds if remote else 0.0, "finishing": self.checkpoint.retry_seconds}
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The controls that the model is told, in the order of their columns."""
+        return tuple(self.model.controls) if isinstance(self.model, Modulated) else ()
 
     @property
     def collective_seconds(self) -> float:
@@ -241,7 +272,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.get(parent)
         if child is None or isinstance(child, str):
-            short = DEFAULT if parent == "kernels" else "name"
+            short = SHORT_FORMS.get(parent, "name")
             child = {short: child} if child else {}
         if not isinstance(child, dict):
             raise UserError(f"override {shown(override)}: {printable(parent)} is not a section")
@@ -271,6 +302,7 @@ def _hint(location: tuple[int | str, ...]) -> str:
     section: Any = RunConfig
     for part in location[:-1]:
         section = section.model_fields[str(part)].annotation if part in getattr(section, "model_fields", {}) else None
+        section = next((kind for kind in get_args(section) if hasattr(kind, "model_fields")), section)  # X of `X | None`
     known = list(getattr(section, "model_fields", {}))
     close = difflib.get_close_matches(printable(location[-1]), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}" if known else ""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from fasttrain.cond import Nothing
 from fasttrain.config import RunConfig
+from fasttrain.data.index import Index
 from fasttrain.data.loader import Loader
 from fasttrain.diffusion.objective import Loss, Objective
 from fasttrain.engine.distributed import Processes
-from fasttrain.generation import build_generator
+from fasttrain.generation import Wishes, build_generator
 from fasttrain.models.implementations import Implementations
 from fasttrain.sampling.images import save_grid, to_uint8
 
@@ -30,6 +31,7 @@ class Preview:
     """A second copy of the network on each rank, filled with averaged weights when it is asked for something.
 
     Args:
+        index: of what it is trained on.
         held_out: the loader of the held-out images and how many there are; None without any.
         decode: x0 [B, C, H, W] -> images in [-1, 1]; None where the samples cannot be shown (latents without data.vae).
         alive: called after each batch, so that a long look is not taken for a hang.
@@ -38,14 +40,17 @@ class Preview:
     def __init__(
         self,
         config: RunConfig,
+        index: Index,
         processes: Processes,
         held_out: Loader | None,
         decode: Decode | None,
         dtype: torch.dtype,
         alive: Callable[[], None] = lambda: None,
     ):
-        self._config, self._processes, self._dtype, self._alive = config, processes, dtype, alive
+        self._config, self._index, self._processes, self._dtype, self._alive = config, index, processes, dtype, alive
         self._held_out, self._decode = held_out, decode
+        if config.sampling.every:
+            config.sampling.sampler.require()
         self._network: nn.Module | None = None
         self._seed = torch.tensor(config.seed, device=processes.device)
 
@@ -88,7 +93,8 @@ class Preview:
         if self._decode is None or self._network is None:
             return False
         sampling, world_size = self._config.sampling, self._processes.world_size
-        generator = build_generator(self._config, self._network, sampling.steps, sampling.guidance, self._seed ^ SAMPLE_KEY, self._dtype)
+        how = (sampling.sampler, sampling.guidance, self._seed ^ SAMPLE_KEY)
+        generator = build_generator(self._config, self._index, self._network, *how, Wishes(), self._dtype)
         batch = min(BATCH, -(-sampling.count // world_size))
         drawn = []
         for samples in generator.generate(sampling.count, batch, rank=self._processes.rank, world_size=world_size):

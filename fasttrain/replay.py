@@ -25,6 +25,7 @@ from fasttrain.run import check_identity
 from fasttrain.skipping import FILE
 from fasttrain.spikes import losses_by_step
 from fasttrain.trainer import Trainer
+from fasttrain.transfer import Transfer
 
 
 class Watched(Trainer):
@@ -45,6 +46,8 @@ class Watched(Trainer):
             check_fits(manifest, self.state.shapes, self.state.keys, folder)
             self.checkpoints.load(self.state, folder, manifest)
             self.progress = manifest.progress
+        elif transfer := Transfer.of_begun_run(self.config, self.index, self.state.shapes):
+            transfer.fill(self.state)
         if self.config.training.compile:
             self.engine.compile()
         self.batches = self.loader.batches(self.progress.position, self.micro_batch, self.processes.rank, self.processes.world_size)

@@ -21,21 +21,24 @@ import xxhash
 import yaml
 
 from fasttrain.config import RunConfig, load_config
+from fasttrain.data.crops import crops_of
+from fasttrain.data.facts import require_recorded
 from fasttrain.data.index import Index
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
 from fasttrain.files import write_whole
-from fasttrain.models import MODELS
+from fasttrain.models import MODELS, Transformer
+from fasttrain.models.mmdit import MmDiT
 from fasttrain.versions import installed
 
 _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset", "safetensors", "flash-attn", "diffusers")
 
 
 def resolve(config: RunConfig, index: Index) -> RunConfig:
-    """The config with the model's open fields filled in from the shards, and DeepSpeed's settings in place of their file's name.
+    """The config with the model's open fields filled in from the data, and DeepSpeed's settings in place of their file's name.
 
     Raises:
-        UserError: the shards' shape, classes or VAE contradict the config; the message names both keys.
+        UserError: the data's shape, classes, text, facts or VAE contradict the config; the message names both keys.
     """
     channels, height, width = index.x0_shape
     model = config.model
@@ -43,10 +46,12 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
         raise UserError(
             f"data.train: {config.data.train} holds {height} x {width} samples; models here take square ones: prepare it with --size"
         )
-    if model.channels not in (None, channels) or model.input_size not in (None, height):
+    crops = crops_of(config.data, index, config.seed)
+    side = crops.size if crops else height
+    if model.channels not in (None, channels) or model.input_size not in (None, side):
         raise UserError(
             f"model.channels {model.channels} and model.input_size {model.input_size} do not fit {config.data.train}, whose samples are "
-            f"{channels} x {height} x {width}; leave both out to take them from the data, or prepare the data at that size"
+            f"{channels} x {side} x {side}; leave both out to take them from the data, or prepare the data at that size"
         )
     if model.num_classes and model.num_classes < index.num_classes:
         raise UserError(
@@ -54,14 +59,37 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
             "leave it out or raise it"
         )
     _check_vae(config, index)
-    num_classes = index.num_classes if model.num_classes is None else model.num_classes
-    if not num_classes and config.sampling.every and config.sampling.guidance != 1:
-        raise UserError(f"sampling.guidance {config.sampling.guidance} needs classes, and this model has none: set it to 1")
+    num_classes = (0 if index.text else index.num_classes) if model.num_classes is None else model.num_classes
+    if not (num_classes or index.text) and config.sampling.every and config.sampling.guidance.scale != 1:
+        raise UserError(f"sampling.guidance {config.sampling.guidance.scale:g} needs classes, and this model has none: set it to 1")
+    found = {"channels": channels, "input_size": side, "num_classes": num_classes, **_told(config, index)}
     try:
-        model = dataclasses.replace(model, channels=channels, input_size=height, num_classes=num_classes)
+        model = dataclasses.replace(model, **found)
     except ValueError as error:
         raise UserError(f"{error}; input_size comes from {config.data.train}") from None
     return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings()})
+
+
+def _told(config: RunConfig, index: Index) -> dict[str, Any]:
+    """The open fields of a model that is told controls or text."""
+    model, text = config.model, index.text
+    if config.controls:
+        require_recorded(config.controls, index, config.data.train)
+        controlled = {"num_timesteps": config.diffusion.schedule.num_timesteps}
+        _check_told(model, controlled, "diffusion.schedule has")
+    else:
+        controlled = {}
+    if not isinstance(model, MmDiT) or text is None:
+        return controlled
+    shapes = {"text_tokens": text.tokens, "text_width": text.width, "text_pooled": text.pooled}
+    _check_told(model, shapes, f"the text of encoder {text.id!r} that belongs to {config.data.train} has")
+    return {**controlled, **shapes, "masked_text": config.data.text_padding.how == "none"}
+
+
+def _check_told(model: Transformer, found: dict[str, Any], source: str) -> None:
+    for key, value in found.items():
+        if getattr(model, key) not in (None, value):
+            raise UserError(f"model.{key} is {getattr(model, key)}, but {source} {value}: leave it out, or change the other")
 
 
 def identity(config: RunConfig, index: Index) -> dict[str, Any]:
@@ -75,7 +103,9 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
         "data": {
             "labels": index.labels_xxh3,
             "shards": [shard.xxh3 for shard in index.shards],
-            **config.data.model_dump(include={"held_out", "normalise", "streams", "window_shards"}),
+            "text": index.text.text_xxh3 if index.text else None,
+            "facts": index.facts_xxh3 if config.controls else None,
+            **config.data.model_dump(include={"held_out", "normalise", "streams", "window_shards", "crop_scale"}, mode="json"),
         },
         "seed": config.seed,
     }
@@ -97,7 +127,7 @@ def check_same(config: RunConfig, mine: dict[str, Any], processes: Processes) ->
     Where the data lies, and its cache, may differ from host to host: `mine`, this rank's `identity`, says what is in it.
     """
     plain = config.plain()
-    plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("train", "cache")}
+    plain["data"] = {key: value for key, value in plain["data"].items() if key not in ("train", "text", "cache")}
     plain["the data set"] = xxhash.xxh3_128_hexdigest(json.dumps(mine["data"], sort_keys=True).encode())
     everyone = processes.gather(plain)
     if different := [rank for rank, other in enumerate(everyone) if other != everyone[0]]:

@@ -14,9 +14,12 @@ from fasttrain.data.index import Index
 from fasttrain.engine.fragments import MASTER
 from fasttrain.engine.optimizer import ema_name
 from fasttrain.errors import UserError
-from fasttrain.generation import build_generator
+from fasttrain.generation import Wishes, build_generator
 from fasttrain.run import check_identity, identity, read_run
+from fasttrain.sampling import Sampler
 from fasttrain.sampling.generate import Generator
+from fasttrain.sampling.guidance import Guidance
+from fasttrain.transfer import Transfer, trained_shapes
 from fasttrain.visible import decoder
 
 RAW, UNTRAINED = "raw", "untrained"
@@ -54,6 +57,8 @@ class Trained:
             raise UserError(f"--weights {weights}: {run_dir} has {', '.join(known)}")
         network = build_network(config)
         if weights == UNTRAINED:
+            if transfer := Transfer.of_begun_run(config, index, trained_shapes(network)):
+                network.load_state_dict(dict(transfer.weights()), strict=False)
             return cls(config, index, network.to(device).eval(), UNTRAINED, 0)
         folder, manifest, passed_over = newest_sound(run_dir)
         check_identity(identity(config, index), manifest.identity, folder)
@@ -63,20 +68,22 @@ class Trained:
         network.load_state_dict(tensors, strict=False)  # what is not trained is not in a checkpoint
         return cls(config, index, network.to(device).eval(), describe(config, weights), manifest.progress.step, tuple(passed_over))
 
-    def generator(self, steps: int, guidance: float, seed: int) -> Generator:
+    def generator(self, sampler: Sampler, guidance: Guidance, seed: int, wishes: Wishes) -> Generator:
         """What makes samples from these weights, in fp32.
 
         Raises:
-            UserError: fewer than one step, a seed out of range, or guidance by a null label that was never trained.
+            UserError: a seed out of range, guidance by what was never left out in training, wishes that the model cannot follow, or a
+                sampler that is not installed.
         """
-        if steps < 1:
-            raise UserError(f"--steps must be at least 1, got {steps}")
         if not 0 <= seed < 2**63:
             raise UserError(f"--seed must lie in [0, 2^63), got {seed}")
-        if guidance != 1 and not self.config.diffusion.label_drop:
-            raise UserError(f"--guidance {guidance}: this run's null label was never trained (diffusion.label_drop is 0): set it to 1")
+        if guidance.scale != 1 and not self.config.diffusion.label_drop:
+            raise UserError(
+                f"--guidance {guidance.scale}: this run never left out its classes or text (diffusion.label_drop is 0): set it to 1"
+            )
+        sampler.require()
         key = torch.tensor(seed, device=next(self.network.parameters()).device)
-        return build_generator(self.config, self.network, steps, guidance, key)
+        return build_generator(self.config, self.index, self.network, sampler, guidance, key, wishes)
 
     def decoder(self, vae: str | None) -> Callable[[Tensor], Tensor]:
         """x0 -> images in [-1, 1]; `vae` overrides the run's data.vae.

@@ -12,8 +12,7 @@ from fasttrain.checkpoint import FORMAT, Checkpoints, Manifest, Plan, Progress, 
 from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
 from fasttrain.damage_report import DamageReport
-from fasttrain.data.loader import held_out_loader, training_loader
-from fasttrain.data.shards import ShardSet
+from fasttrain.dataset import open_data
 from fasttrain.engine.activity import Activity
 from fasttrain.engine.agreement import Agreement, Decision
 from fasttrain.engine.checksum import differing
@@ -29,6 +28,7 @@ from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
+from fasttrain.prompts import write_prompts
 from fasttrain.rescue import Rescue
 from fasttrain.run import check_identity, check_same, identity, resolve, write_folder
 from fasttrain.saving import Saver
@@ -36,6 +36,7 @@ from fasttrain.skipping import Skips, with_its_gradient
 from fasttrain.spikes import Spikes, recent_losses
 from fasttrain.stopping import Stop
 from fasttrain.stragglers import Pace
+from fasttrain.transfer import Transfer, told_at_resume, trained_shapes
 from fasttrain.visible import decoder
 
 # Launchers kill half a minute after they asked for a stop.
@@ -47,28 +48,29 @@ class Trainer:
     """A run in progress. `config` is the run's, `processes` this process among its ranks; `fit` does everything."""
 
     def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
-        shards = ShardSet.open(config.data.train, config.data, activity.renew if activity else lambda: None)
-        self.shards, self.index, self.damage = shards, shards.index, shards.damage
-        self.config = config = resolve(config, shards.index)
+        data = open_data(config, activity.renew if activity else lambda: None)
+        self.data, self.index, self.damage = data, data.index, data.shards.damage
+        self.config = config = resolve(config, self.index)
         self.processes = processes
         self.activity = activity or Activity()
         self.micro_batch = config.training.micro_batch_of(processes.world_size)
         self.accumulation_steps = config.training.accumulation_steps(processes.world_size)
         self.dtype = DTYPES[config.training.precision]
         self.seed = torch.tensor(config.seed, device=processes.device)
-        self.identity = identity(config, shards.index)
+        self.identity = identity(config, self.index)
         check_same(config, self.identity, processes)
         if config.training.deterministic:
             make_deterministic()
         check_kernels(config.kernels, self.seed)
-        self.objective = build_objective(config, self.seed)
-        self.loader = training_loader(config.data, shards, self.seed, config.kernels)
-        held_out = held_out_loader(config.data, shards, self.seed) if config.log.held_out_every else None
-        decode = decoder(shards.index, config.data, processes.device) if config.sampling.every else None
-        self.preview = Preview(config, processes, held_out, decode, self.dtype, self.activity.renew)
+        self.objective = build_objective(config, self.seed, data.empty)
+        self.loader = data.training_loader(config, self.seed)
+        held_out = data.held_out_loader(config, self.seed) if config.log.held_out_every else None
+        decode = decoder(self.index, config.data, processes.device) if config.sampling.every else None
+        self.preview = Preview(config, self.index, processes, held_out, decode, self.dtype, self.activity.renew)
         how = {"deterministic": config.training.deterministic, "compiled": config.training.compile}
         attention, self._attention = choose_attention(config.attention, config.model, self.micro_batch, self.dtype, processes, **how)
         self.network = build_network(config, attention)
+        self.transfer = Transfer.of_new_run(config, self.index, trained_shapes(self.network), processes)
         offloaded = offloads(config.deepspeed_settings())
         update = choose_update(config.optimizer.implementation, config.kernels.of("adamw_ema"), processes.device, offloaded)
         self.optimizer = config.optimizer.build((p for p in self.network.parameters() if p.requires_grad), update)
@@ -98,7 +100,7 @@ class Trainer:
         config, stop = self.config, stop or Stop()
         with ExitStack() as stack:
             stack.callback(self.loader.close)
-            stack.callback(self.shards.close)  # first, so that no thread waits on for a store
+            stack.callback(self.data.close)  # first, so that no thread waits on for a store
             stack.callback(self.saver.close)
             if watchdog is not None:
                 watchdog.on_fault(self.rescue)
@@ -107,9 +109,13 @@ class Trainer:
             stack.enter_context(locked(config.run_dir, self.processes, min(WAIT_SECONDS, config.training.timeout_seconds / 2)))
             found = self.find_checkpoint()
             write_folder(config, self.index, self.processes)
+            if self.data.text is not None and self.processes.is_main:
+                write_prompts(config.run_dir, self.data.text)
             reporter = stack.enter_context(Reporter(config.run_dir, self.processes, config.training.steps, config.log.tensorboard))
             profiler = stack.enter_context(Profiler(config.run_dir, self.processes, profile_steps))
             reporter.say(self._means())
+            if text := self.data.describe_text():
+                reporter.say(f"text: {text}")
             self.skips = stack.enter_context(closing(Skips(config, self.processes)))
             self.damaged = stack.enter_context(closing(DamageReport(config.run_dir, self.processes, self.damage)))
             self.resume(reporter, found)
@@ -184,6 +190,8 @@ class Trainer:
     def resume(self, reporter: Reporter, found: tuple[Path, Manifest, list[str]] | None) -> None:
         """Continues from a checkpoint of any world size and ZeRO stage; starts anew where there is none."""
         if found is None:
+            if self.transfer is not None:
+                self.transfer.begin(self.state, self.config.run_dir, self.processes, reporter.say)
             reporter.say(f"starting in {self.config.run_dir}")
             return
         folder, manifest, passed_over = found
@@ -194,6 +202,8 @@ class Trainer:
         self.progress = manifest.progress
         self.saved_step = self._reported_step = self.progress.step
         reporter.say(f"continuing from {folder.name} in {self.config.run_dir}")
+        if told := told_at_resume(self.config):
+            reporter.say(told)
 
     def save(self) -> None:
         """Begins to save this step, once: training goes on when its state is copied."""

@@ -49,7 +49,7 @@ def config(**sections: Any) -> RunConfig:
 
 
 class Recorder:
-    """Between trainer and loader, and around the objective: who drew which image, timestep and noise."""
+    """Between trainer and loader, and around the objective: who drew which image, timestep and noise, and was told what."""
 
     def __init__(self, trainer: Trainer):
         self.drawn: dict[int, tuple[int, int, str]] = {}
@@ -63,15 +63,15 @@ class Recorder:
         seen: list[Tensor] = []
 
         def watched(x_t: Tensor, t: Tensor, dropped: Cond) -> Tensor:
-            assert dropped.labels is not None
-            seen.extend((x_t.detach(), t, dropped.labels))
+            seen.extend((t, x_t.detach().float()))
+            dropped.map(lambda part: seen.append(part) or part)  # type: ignore[func-returns-value]
             return model(x_t, t, dropped)
 
         loss = self._objective(watched, clean, cond, position, dtype=dtype)
         assert self._batch is not None
         for i, n in enumerate(position.tolist()):
-            noise = hashlib.sha256(seen[0][i].float().numpy().tobytes() + seen[2][i].numpy().tobytes()).hexdigest()
-            self.drawn[n] = (int(self._batch.sample_id[i]), int(seen[1][i]), noise)
+            told = hashlib.sha256(b"".join(part[i].numpy().tobytes() for part in seen[1:])).hexdigest()
+            self.drawn[n] = (int(self._batch.sample_id[i]), int(seen[0][i]), told)
         self.losses.append(float(loss.loss.detach()))
         return loss
 

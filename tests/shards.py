@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fasttrain.data.facts import RECORDED
 from fasttrain.data.index import Source, VaeRecord
 from fasttrain.data.prepare.assembly import prepare_set
 from fasttrain.data.prepare.latents import shift_and_scale
@@ -19,7 +20,9 @@ SAMPLES = 6
 def _random_samples(shape: tuple[int, ...], dtype: str, classes: int, entries: Sequence[int]) -> Iterator[Made]:
     for entry in entries:
         values = np.random.default_rng(entry).random(shape)
-        yield Made(str(entry), ((values * 255).astype(dtype) if dtype == "uint8" else values.astype(dtype), entry % classes))
+        array = (values * 255).astype(dtype) if dtype == "uint8" else values.astype(dtype)
+        side = float(shape[-1])
+        yield Made(str(entry), (array, entry % classes), facts=(side, side, 0.0, 0.0, 1.0))
 
 
 def write_random(out: Path, kind: str, shape: tuple[int, ...], classes: int, vae: str = "stabilityai/sd-vae-ft-mse") -> Path:
@@ -35,6 +38,7 @@ def write_random(out: Path, kind: str, shape: tuple[int, ...], classes: int, vae
         entries=range(SAMPLES),
         shard_size=4,
         vae=record,
+        facts=RECORDED,
     )
     measure = (lambda folder, receipts: shift_and_scale(folder, receipts, shape, dtype)) if record else None
     prepare_set(out, plan, partial(_random_samples, shape, dtype, classes), measure)

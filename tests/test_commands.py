@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         data={"held_out": 64},
         optimizer={"learning_rate": 2e-3, "ema": [{"half_life": 1000}, {"half_life": 20}]},
         training={"steps": STEPS, "global_batch": 64},
-        sampling={"every": STEPS // 2, "count": 9, "steps": 6},
+        sampling={"every": STEPS // 2, "count": 9, "sampler": {"name": "heun", "steps": 6}},
         log={"every": 50, "held_out_every": STEPS // 2, "tensorboard": True},
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -116,13 +116,19 @@ def test_labels_and_seed_decide_the_samples(run, tmp_path):
         "labels": ["--labels", "3", "7"],
         "seed": ["--seed", "1"],
         "guided": ["--guidance", "3"],
+        "guided at times": ["--guidance", "3", "--guidance-interval", "0.2", "0.6"],
+        "guided more": ["--guidance", "2", "--guidance-resolution", "2"],
+        "euler": ["--sampler", "euler"],
+        "rho": ["--sampler", "heun", "rho=3"],
     }.items():
         assert main(["sample", str(run), "--out", str(tmp_path / name), "--count", "8", *FAST, *more]) == 0
         drawn[name] = dict(np.load(tmp_path / name / "samples.npz"))
     assert np.array_equal(drawn["a"]["arr_0"], drawn["again"]["arr_0"])
     assert drawn["labels"]["labels"].tolist() == [3, 7] * 4
-    for name in ("labels", "seed", "guided"):
+    assert np.array_equal(drawn["guided"]["arr_0"], drawn["guided more"]["arr_0"])
+    for name in ("labels", "seed", "guided", "euler", "rho"):
         assert not np.array_equal(drawn["a"]["arr_0"], drawn[name]["arr_0"]), name
+    assert not np.array_equal(drawn["guided"]["arr_0"], drawn["guided at times"]["arr_0"])
 
 
 def test_two_processes_draw_the_samples_of_one(run, tmp_path):
@@ -167,7 +173,11 @@ def test_evaluate_scores_training_and_keeps_the_protocol(run, digits, tmp_path, 
     score, protocol = scores["ema"], scores["ema"]["protocol"]
     assert (score["samples"], score["reference_samples"], score["features"]) == (300, 1797, {"name": "pixels"})
     assert protocol["weights"] == "ema of 1000 images" and protocol["checkpoint_step"] == STEPS and protocol["guidance"] == 1.0
-    assert protocol["sampler"] == {"name": "heun", "steps": 6} and protocol["seed"] == 0 and len(protocol["reference_digest"]) == 32
+    assert (
+        protocol["sampler"] == {"name": "heun", "steps": 6, "sigma_max": 80.0, "rho": 7.0}
+        and protocol["seed"] == 0
+        and len(protocol["reference_digest"]) == 32
+    )
     assert scores["untrained"]["protocol"]["checkpoint_step"] == 0 and protocol["versions"]["torch"] == installed("torch")
 
 
@@ -234,7 +244,12 @@ def test_the_doctor_reports(capsys):
         (["--weights", "exp_avg"], "run has ema, ema_1, raw, untrained"),
         (["--labels", "3", "12"], "class labels must lie in [0, 10)"),
         (["--count", "0"], "a count and a batch of at least 1"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "0"], "--sampler, --steps: sampler 'heun': steps must be at least 1 and at most 10000, got 0"),
+        (["--sampler", "hein"], "unknown sampler 'hein'; did you mean 'heun'?"),
+        (["--sampler", "ddim", "0.5"], "parameters read key=value"),
+        (["--sampler", "ddim", "eta=2"], "eta must lie in [0, 1], got 2"),
+        (["--guidance-interval", "0.8", "0.2"], "interval must be two fractions of T"),
+        (["--control-guidance", "1.375"], "control guidance 1.375 needs a model with controls"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

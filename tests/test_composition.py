@@ -28,7 +28,12 @@ from tests.ranks import run_ranks
 from tests.runs import plain_config, start, zero
 
 SHAPES = {"input_size": 8, "channels": 3, "num_classes": 10, "width": 32, "heads": 4}
-FAMILIES = {"dit": {"name": "dit"}, "vit": {"name": "vit", "num_timesteps": 1000}}
+FAMILIES = {
+    "dit": {"name": "dit"},
+    "vit": {"name": "vit", "num_timesteps": 1000},
+    "mmdit": {"name": "mmdit"},
+    "mmdit-dual": {"name": "mmdit", "form": "dual"},
+}
 EVERYTHING = {"qk_norm": True, "rotary": True}
 STEPS = 3
 # Compiled and eager differ in the order of a few fp32 operations: so many units in the last place of a gradient's norm.
@@ -61,7 +66,8 @@ def gradients(network: Network, batch: int) -> dict[str, Tensor]:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rounding: float = ROUNDING) -> None:
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        assert grad.norm() > 0, name
+        # What text asks in the last block is read by no one.
+        assert grad.norm() > 0 or name.endswith("q_weight_text"), name
         assert (found[name] - grad).norm() <= rounding * grad.norm(), name
 
 
@@ -79,6 +85,7 @@ def test_compiled_blocks_give_eager_gradients_at_batch_1_and_2(family: str, reco
     """PyTorch issue 193061: compiled adaptive norms gave wrong gradients at batch 1, in silence."""
     eager, compiled = build(family, depth=4, checkpoint_blocks=recompute), build(family, depth=4, checkpoint_blocks=recompute)
     graphs = 1 if recompute else 2  # the first block, which has nothing pending, and all others
+    graphs += family == "mmdit-dual"  # whose last block has less
     with fresh_compiler():
         compiled.compile(backend="aot_eager")
         for number, batch in enumerate((1, 2), start=1):
@@ -133,7 +140,12 @@ def _both(processes: Processes, raws: list[dict[str, Any]]) -> list[tuple[dict[s
 
 
 # Stage and recomputation. What the stages have in common with ZeRO 3, the harder one, is tried for one family.
-ENGINES = {"dit": [(0, False), (1, False), (2, False), (3, False), (3, True)], "vit": [(3, False)]}
+ENGINES = {
+    "dit": [(0, False), (1, False), (2, False), (3, False), (3, True)],
+    "vit": [(3, False)],
+    "mmdit": [(3, False)],
+    "mmdit-dual": [(3, True)],
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,6 +75,11 @@ def test_a_key_nobody_could_mean_lists_the_known_ones():
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "zero_optimization.stage must be 0, 1, 2 or 3"),
         ({"deepspeed": "nowhere/zero.json"}, "no file nowhere/zero.json"),
         ({"seed": 2**63}, "seed: "),
+        ({"sampling": {"sampler": "heum"}}, "sampling.sampler: unknown sampler 'heum'; did you mean 'heun'?"),
+        ({"sampling": {"sampler": {"name": "euler", "steps": 0}}}, "sampling.sampler: sampler 'euler': steps must be at least 1"),
+        ({"sampling": {"guidance": {"scale": 2, "beta": 1}}}, "sampling.guidance: guidance has no parameter 'beta'"),
+        ({"sampling": {"steps": 18}}, "sampling.steps: unknown key"),
+        ({"diffusion": {"schedule": {"name": "cosine", "rescale": 0}}}, "rescale is a ratio of image sizes"),
     ],
 )
 def test_each_mistake_names_its_key(sections, message):
@@ -143,6 +148,7 @@ def test_the_resolved_config_reads_back_as_itself():
     config = parse(
         diffusion={"schedule": {"name": "linear", "num_timesteps": 500}, "prediction": "v"},
         optimizer={"ema": [{"half_life": 10, "ramp": None}]},
+        sampling={"sampler": {"name": "ddim", "eta": 0.5}, "guidance": {"scale": 2, "interval": [0.2, 0.8]}},
     )
     again = parse_config(yaml.safe_load(yaml.safe_dump(config.plain())), "again")
     assert again == config and again.plain() == config.plain()
@@ -174,6 +180,11 @@ def test_batches_that_do_not_divide(micro_batch, world_size, named):
         ({"optimizer": {"ema": []}, "sampling": {"every": 5}}, "give optimizer.ema an average"),
         ({"optimizer": {"ema": []}, "log": {"held_out_every": 5}, "data": {"held_out": 5}}, "give optimizer.ema an average"),
         ({"diffusion": {"label_drop": 0.0}, "sampling": {"every": 5, "guidance": 1.5}}, "needs diffusion.label_drop > 0"),
+        ({"sampling": {"every": 5, "guidance": {"controls": 1.375}}}, "sampling.guidance.controls 1.375 needs model.controls and"),
+        (
+            {"diffusion": {"schedule": "flow", "prediction": "flow"}},
+            "a ViT looks timesteps up in a table, and diffusion.schedule flow has real",
+        ),
     ],
 )
 def test_what_would_fail_at_the_first_look_fails_at_once(sections, message):

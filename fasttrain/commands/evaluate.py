@@ -7,7 +7,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from fasttrain.commands.sample import TIMEOUT_SECONDS, add_generation_arguments, generate_images
+from fasttrain.commands.generating import (
+    TIMEOUT_SECONDS,
+    Made,
+    add_generation_arguments,
+    generate_images,
+    guidance_of,
+    sampler_of,
+    wishes_of,
+)
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.store import check_address
 from fasttrain.data.shards import ShardSet
@@ -16,6 +24,7 @@ from fasttrain.errors import UserError
 from fasttrain.evaluation.evaluate import evaluate
 from fasttrain.evaluation.features import FEATURES
 from fasttrain.evaluation.protocol import Protocol
+from fasttrain.sampling import SAMPLERS
 from fasttrain.trained import Trained
 
 REFERENCE_BATCH = 4096
@@ -40,23 +49,24 @@ def run(args: argparse.Namespace) -> None:
         )
     with distributed.joined(TIMEOUT_SECONDS) as processes:
         trained = Trained.load(args.run, args.weights, processes.device)
-        _, _, images = generate_images(trained, args, processes)
+        made = generate_images(trained, args, processes, wishes_of(args))
         if processes.is_main:
-            _score(args, trained, images, reference)
+            _score(args, trained, made, reference)
 
 
-def _score(args: argparse.Namespace, trained: Trained, images: NDArray[np.uint8], reference: ShardSet) -> None:
+def _score(args: argparse.Namespace, trained: Trained, made: Made, reference: ShardSet) -> None:
     protocol = Protocol(
         reference=PurePosixPath(reference.files.place).name,
         reference_digest=reference.index.xxh3,
         checkpoint_step=trained.step,
         weights=trained.weights,
-        sampler={"name": "heun", "steps": args.steps},
-        guidance=args.guidance,
+        sampler=SAMPLERS.spec(sampler_of(args)),
+        guidance=guidance_of(args).plain(),
+        conditions=made.asked.described(),
         seed=args.seed,
         vae=trained.index.vae.id if trained.index.vae else None,
     )
-    score = evaluate([images], _images(reference), FEATURES.build(args.features), protocol)
+    score = evaluate([made.images], _images(reference), FEATURES.build(args.features), protocol)
     if reference.damage.unreadable:
         print(f"{reference.damage.unreadable} unreadable samples of {args.reference} are left out")
     out = args.out or args.run / "scores" / f"{args.weights}-{args.features}.json"

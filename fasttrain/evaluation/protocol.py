@@ -26,7 +26,8 @@ class Protocol:
     Args:
         reference, reference_digest: the reference set's name and the digest of its index.
         checkpoint_step: optimizer steps behind the weights; weights: which ones, e.g. "raw" or "ema 500000 images".
-        sampler: spec of the sampler with its steps; guidance: scale; seed: of the samples.
+        sampler: spec of the sampler with its steps; guidance: its scale, or all of its numbers where there is more; seed: of the samples.
+        conditions: what the samples were asked to show by turns: classes, or captions and their digest; controls.
         vae: name, revision and scale of the decoder of latents, or None for pixels.
         versions: of what computed it.
     """
@@ -36,8 +37,9 @@ class Protocol:
     checkpoint_step: int
     weights: str
     sampler: Mapping[str, Any]
-    guidance: float
+    guidance: float | Mapping[str, Any]
     seed: int
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     vae: str | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
 

@@ -1,4 +1,4 @@
-"""Numbered samples: sample i is a pure function of (seed, i), its class and the weights, on any number of processes."""
+"""Numbered samples: sample i is a pure function of (seed, i), its conditions and the weights, on any number of processes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,15 +12,19 @@ from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import Prediction
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
-from fasttrain.sampling.guidance import Model, guided
-from fasttrain.sampling.heun import Sampler
+from fasttrain.sampling.asked import Asked
+from fasttrain.sampling.guidance import Guidance, guided
+from fasttrain.sampling.sampler import Model, Sampler
+
+# A sample's draws are numbered within the upper bits of its Philox position; numbers of samples stay below.
+DRAW = 1 << 40
 
 
 class Samples(NamedTuple):
     """One batch of finished samples."""
 
     number: Tensor  # [b] int64, on the host
-    labels: Tensor  # [b] int64, on the host
+    cond: Cond  # of b, on the device: what was asked of them
     x0: Tensor  # [b, C, H, W] fp32, on the device
 
 
@@ -28,7 +32,7 @@ class Samples(NamedTuple):
 class Generator:
     """Everything that decides what the samples are, apart from their numbers.
 
-    Noise and class depend on the sample's number only. The batch size changes neither, but a network may round differently at
+    Noise and conditions depend on the sample's number only. The batch size changes neither, but a network may round differently at
     another batch size, as it does on another device.
 
     Args:
@@ -36,9 +40,9 @@ class Generator:
         schedule, prediction: those of training.
         sampler: one of `SAMPLERS`.
         shape: (C, H, W) of a sample.
-        num_classes: sample i is of class i % num_classes; 0 for an unconditional model.
+        conditions: of the samples, by number, on the seed's device.
         nothing: what the model is told where conditions are left out.
-        guidance: scale of classifier-free guidance; 1 is none.
+        guidance: how its conditions lead it.
         seed: [] int64 on the device where samples are made.
         dtype: of the model's input.
     """
@@ -48,9 +52,9 @@ class Generator:
     prediction: Prediction
     sampler: Sampler
     shape: tuple[int, int, int]
-    num_classes: int
+    conditions: Asked
     nothing: Nothing
-    guidance: float
+    guidance: Guidance
     seed: Tensor
     dtype: torch.dtype = torch.float32
 
@@ -60,7 +64,6 @@ class Generator:
         count: int,
         batch: int,
         *,
-        labels: Tensor | None = None,
         rank: int = 0,
         world_size: int = 1,
         progress: Callable[[int], None] | None = None,
@@ -70,29 +73,31 @@ class Generator:
         Args:
             count: how many samples all ranks make together.
             batch: samples a rank makes at once.
-            labels: [count] int64, the class of each sample; by default they take turns.
             progress: called after each batch with the number of samples this rank has added.
 
         Yields:
             Batches in increasing order of number; rank r holds every world_size-th number of a run of batch * world_size.
 
         Raises:
-            UserError: a count or batch below 1, or labels that are not one per sample and in range.
+            UserError: a count or batch below 1, guidance that the model cannot follow, or a sampler that is not installed.
         """
-        _require_sound(count, batch, labels, self.num_classes)
-        model = guided(self.model, self.guidance, self.nothing)
+        if not (1 <= count < DRAW and batch >= 1):
+            raise UserError(f"cannot make {count} samples in batches of {batch}: give a count and a batch of at least 1")
+        model = guided(self.model, self.guidance, self.nothing, self.schedule.num_timesteps)
         for numbers, wanted in _shares(count, batch, rank, world_size):
-            classes = labels[numbers] if labels is not None else numbers % max(self.num_classes, 1)
-            x0 = self._sample(model, numbers, classes)
+            there = numbers.to(self.seed.device)
+            cond = self.conditions(there)
+            x0 = self._sample(model, there, cond)
             if wanted:
-                yield Samples(numbers, classes, x0)
+                yield Samples(numbers, cond, x0)
                 if progress is not None:
                     progress(len(numbers))
 
-    def _sample(self, model: Model, numbers: Tensor, classes: Tensor) -> Tensor:
-        device = self.seed.device
-        noise = normal(self.seed, numbers.to(device), self.shape, Purpose.SAMPLE)
-        return self.sampler(model, self.schedule, self.prediction, noise, Cond(classes.to(device)), self.dtype).float()
+    def _sample(self, model: Model, numbers: Tensor, cond: Cond) -> Tensor:
+        def noise(draw: int) -> Tensor:
+            return normal(self.seed, numbers + draw * DRAW, self.shape, Purpose.SAMPLE)
+
+        return self.sampler(model, self.schedule, self.prediction, noise, cond, self.dtype).float()
 
 
 def _shares(count: int, batch: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, bool]]:
@@ -106,14 +111,3 @@ def _shares(count: int, batch: int, rank: int, world_size: int) -> Iterator[tupl
         run = torch.arange(start, min(start + together, count))
         mine = run[rank::world_size]
         yield (mine, True) if len(mine) else (run[:1], False)
-
-
-def _require_sound(count: int, batch: int, labels: Tensor | None, num_classes: int) -> None:
-    if count < 1 or batch < 1:
-        raise UserError(f"cannot make {count} samples in batches of {batch}: give a count and a batch of at least 1")
-    if labels is None:
-        return
-    if labels.shape != (count,):
-        raise UserError(f"{count} samples need {count} class labels, got {tuple(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= max(num_classes, 1):
-        raise UserError(f"class labels must lie in [0, {max(num_classes, 1)}), got {labels.min().item()} to {labels.max().item()}")

@@ -1,8 +1,6 @@
 """EDM's deterministic second-order sampler, for every target and schedule [Karras et al. 2022, Algorithm 1 with S_churn = 0]."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,23 +9,12 @@ from fasttrain.cond import Cond
 from fasttrain.diffusion.prediction import Prediction, to_x0
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
-from fasttrain.registry import Registry
-
-SAMPLERS = Registry("sampler")
-
-Model = Callable[[Tensor, Tensor, Cond], Tensor]
-
-
-class Sampler(Protocol):
-    """From noise to data: what `generate` asks of a sampler."""
-
-    def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """x0 [B, C, H, W] float64 from standard normal noise of that shape; the model sees `dtype`."""
+from fasttrain.sampling.sampler import SAMPLERS, Model, Noise, Sampler
 
 
 @SAMPLERS.register("heun")
 @dataclass(frozen=True)
-class Heun:
+class Heun(Sampler):
     """Heun's method on dx / d sigma = (x - D(x; sigma)) / sigma, x = x_t / alpha_t, sigma = sigma_t / alpha_t   [Karras et al. 2022, Eq. 1]
 
     2 `steps` - 1 evaluations of the model on the grid of `edm_grid`; the state is float64, the model runs in its own dtype.
@@ -38,7 +25,7 @@ class Heun:
         rho: how much the grid crowds towards small sigma.
 
     Raises:
-        ValueError: a value that is not positive.
+        ValueError: as Sampler; or a value that is not positive.
     """
 
     steps: int = 30
@@ -46,20 +33,22 @@ class Heun:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        for key in ("steps", "sigma_max", "rho"):
+        super().__post_init__()
+        for key in ("sigma_max", "rho"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
 
-    def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:
-        """x0 [B, C, H, W] float64 from `noise` of that shape, standard normal, and `cond` of B."""
+    def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Noise, cond: Cond, dtype: torch.dtype) -> Tensor:
+        """x0 [B, C, H, W] float64 for `cond` of B."""
+        start = noise(0).double()
         t, sigma = edm_grid(schedule, self.steps, self.sigma_max, self.rho)
         # Sigmas stay on the host as numbers, timesteps move once: the loop never waits for the device.
-        sigmas, t = [*sigma.tolist(), 0.0], t.to(noise.device)
+        sigmas, t = [*sigma.tolist(), 0.0], t.to(start.device)
 
         def slope(x: Tensor, i: int) -> Tensor:
             return (x - denoised(model, schedule, prediction, x, t[i].expand(len(x)), cond, dtype)) / sigmas[i]
 
-        x = noise.double() * sigmas[0]
+        x = start * sigmas[0]
         for i in range(len(t)):
             here = slope(x, i)
             reached = x + (sigmas[i + 1] - sigmas[i]) * here

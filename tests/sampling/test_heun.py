@@ -4,40 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain.cond import Cond
-from fasttrain.diffusion.prediction import PREDICTIONS, Prediction
-from fasttrain.diffusion.schedule import SCHEDULES, Schedule
+from fasttrain.diffusion.schedule import SCHEDULES
 from fasttrain.errors import UserError
-from fasttrain.sampling.heun import SAMPLERS, Heun, edm_grid
-from tests.diffusion.extensions import Flow, Straight
-
-SPREAD, CENTRE = 0.5, 0.25
-LABELS = torch.zeros(6, dtype=torch.int64)
-SCHEDULE = {**{name: SCHEDULES.build(name) for name in SCHEDULES.names()}, "straight": Straight()}
-TARGET = {**{name: PREDICTIONS.build(name) for name in PREDICTIONS.names()}, "flow": Flow()}
-
-
-class Ideal:
-    """The best possible network for data that is normal with mean CENTRE and deviation SPREAD, in any target."""
-
-    def __init__(self, schedule: Schedule, prediction: Prediction):
-        self.schedule = schedule
-        self.prediction = prediction
-        self.timesteps: list[Tensor] = []
-        self.dtypes: set[torch.dtype] = set()
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.timesteps.append(t)
-        self.dtypes.add(x_t.dtype)
-        alpha, sigma = (c[:, None, None, None] for c in self.schedule.alpha_sigma(t))
-        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
-        x0 = CENTRE + gain * (x_t.double() - alpha * CENTRE)
-        a, b = self.prediction.coefficients(alpha, sigma)
-        return a * x0 + b * (x_t.double() - alpha * x0) / sigma
-
-
-def noise() -> Tensor:
-    return torch.randn(6, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+from fasttrain.sampling.heun import Heun, edm_grid
+from fasttrain.sampling.sampler import SAMPLERS
+from tests.diffusion.tables import TABLES
+from tests.sampling.ideal import CENTRE, COND, SCHEDULE, SPREAD, TARGET, Ideal, no_more_noise, start
 
 
 def exact(start: Tensor, sigma: Tensor) -> Tensor:
@@ -56,17 +28,17 @@ def test_reaches_the_exact_solution(name: str, target: str) -> None:
     schedule, prediction = SCHEDULE[name], TARGET[target]
     model = Ideal(schedule, prediction)
     _, sigma = edm_grid(schedule, 200)
-    x0 = Heun(steps=200)(model, schedule, prediction, noise(), LABELS, torch.float64)
+    x0 = Heun(steps=200)(model, schedule, prediction, no_more_noise(), COND, torch.float64)
     assert x0.dtype == torch.float64
-    torch.testing.assert_close(x0, exact(noise(), sigma), rtol=0, atol=1e-3)
+    torch.testing.assert_close(x0, exact(start(), sigma), rtol=0, atol=1e-3)
 
 
 def test_is_of_second_order() -> None:
     """Twice the steps, a quarter of the error (continuous time, so that no sigma is rounded)."""
-    schedule, prediction = SCHEDULE["straight"], TARGET["x0"]
+    schedule, prediction = SCHEDULE["flow"], TARGET["x0"]
     sigma = torch.tensor([80.0, 1e-3])
     errors = [
-        (Heun(steps=n)(Ideal(schedule, prediction), schedule, prediction, noise(), LABELS, torch.float64) - exact(noise(), sigma))
+        (Heun(steps=n)(Ideal(schedule, prediction), schedule, prediction, no_more_noise(), COND, torch.float64) - exact(start(), sigma))
         .abs()
         .max()
         for n in (32, 64, 128)
@@ -76,7 +48,7 @@ def test_is_of_second_order() -> None:
 
 def test_all_targets_walk_the_same_path() -> None:
     schedule = SCHEDULE["cosine"]
-    ends = [Heun(steps=8)(Ideal(schedule, p), schedule, p, noise(), LABELS, torch.float64) for p in TARGET.values()]
+    ends = [Heun(steps=8)(Ideal(schedule, p), schedule, p, no_more_noise(), COND, torch.float64) for p in TARGET.values()]
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=0, atol=1e-9)
 
@@ -85,7 +57,7 @@ def test_all_targets_walk_the_same_path() -> None:
 def test_evaluates_twice_a_step_but_once_in_the_last(steps: int) -> None:
     schedule, prediction = SCHEDULE["cosine"], TARGET["v"]
     model = Ideal(schedule, prediction)
-    Heun(steps=steps)(model, schedule, prediction, noise(), LABELS, torch.float64)
+    Heun(steps=steps)(model, schedule, prediction, no_more_noise(), COND, torch.float64)
     assert len(model.timesteps) == 2 * steps - 1
     assert all(t.dtype == torch.int64 and t.shape == (6,) for t in model.timesteps)
 
@@ -93,7 +65,7 @@ def test_evaluates_twice_a_step_but_once_in_the_last(steps: int) -> None:
 def test_model_runs_in_its_dtype() -> None:
     schedule, prediction = SCHEDULE["cosine"], TARGET["x0"]
     model = Ideal(schedule, prediction)
-    assert Heun(steps=3)(model, schedule, prediction, noise(), LABELS, torch.bfloat16).dtype == torch.float64
+    assert Heun(steps=3)(model, schedule, prediction, no_more_noise(), COND, torch.bfloat16).dtype == torch.float64
     assert model.dtypes == {torch.bfloat16}
 
 
@@ -121,14 +93,14 @@ def test_more_steps_than_timesteps_visits_none_twice() -> None:
     assert t.tolist() == sorted(set(t.tolist()), reverse=True)
 
 
-@pytest.mark.parametrize("name", SCHEDULES.names())
+@pytest.mark.parametrize("name", TABLES)
 def test_zero_terminal_schedules_are_sampled(name: str) -> None:
     schedule, prediction = SCHEDULES.build({"name": name, "zero_terminal": True}), TARGET["v"]
-    x0 = Heun(steps=20)(Ideal(schedule, prediction), schedule, prediction, noise(), LABELS, torch.float64)
+    x0 = Heun(steps=20)(Ideal(schedule, prediction), schedule, prediction, no_more_noise(), COND, torch.float64)
     assert x0.isfinite().all()
 
 
-@pytest.mark.parametrize("key", ["steps", "sigma_max", "rho"])
+@pytest.mark.parametrize("key", ["sigma_max", "rho"])
 def test_values_must_be_positive(key: str) -> None:
     with pytest.raises(ValueError, match=f"{key} must be positive"):
         SAMPLERS.build({"name": "heun", key: 0})

@@ -1,0 +1,188 @@
+"""What `fasttrain sample` and `evaluate` have in common: the arguments that decide samples, and the making of them."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from fasttrain.engine.distributed import Processes
+from fasttrain.errors import UserError
+from fasttrain.generation import Wishes
+from fasttrain.plain_yaml import read_yaml
+from fasttrain.registry import shown
+from fasttrain.sampling import SAMPLERS, Sampler
+from fasttrain.sampling.asked import Asked
+from fasttrain.sampling.generate import Samples
+from fasttrain.sampling.guidance import Guidance, read_guidance
+from fasttrain.sampling.images import to_uint8
+from fasttrain.trained import Trained
+
+TIMEOUT_SECONDS = 3600.0
+
+
+class Made(NamedTuple):
+    """All samples in order of their numbers, on rank 0; empty elsewhere."""
+
+    numbers: NDArray[np.int64]  # [n]
+    labels: NDArray[np.int64]  # [n]
+    images: NDArray[np.uint8]  # [n, H, W, C]
+    asked: Asked  # what they were asked to show
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> None:
+    """Run, weights, sampler, guidance and what is asked of the samples."""
+    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`")
+    parser.add_argument("--count", type=int, default=count, help=f"how many samples (default {count})")
+    parser.add_argument("--batch", type=int, default=128, help="samples made at once by a process (default 128)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples: sample i is a function of it and i")
+    parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., raw, or untrained (default ema)")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what a text model is to show; several take turns (default: the run's own)"
+    )
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="the same, one a line")
+    parser.add_argument(
+        "--text-encoder", metavar="PLACE", help="folder or hub id of the run's text encoder, for other prompts than the run's own"
+    )
+    parser.add_argument("--text-encoder-revision", metavar="COMMIT", help="of a hub id")
+    parser.add_argument(
+        "--control",
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBERS",
+        help="what the model is told of an image's making, as in `size=512,512 flip=0`",
+    )
+    parser.add_argument("--vae", help="hub id or folder that decodes latents (default: the run's data.vae)")
+    parser.add_argument(
+        "--sampler",
+        nargs="+",
+        default=["heun"],
+        metavar=("NAME", "KEY=VALUE"),
+        help=f"one of {', '.join(SAMPLERS.names())}, and its parameters, as in `ddim eta=0.5` (default heun)",
+    )
+    parser.add_argument("--steps", type=int, help="steps N: 2N - 1 evaluations of the model for heun, N for the others (default: its own)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance (default 1: none)")
+    parser.add_argument("--control-guidance", type=float, default=1.0, help="scale of guidance by the controls (default 1: none)")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FIRST", "LAST"), help="fractions of T with guidance"
+    )
+    parser.add_argument(
+        "--guidance-resolution", type=float, default=1.0, help="images this many times larger than --guidance was found for (default 1)"
+    )
+
+
+def sampler_of(args: argparse.Namespace) -> Sampler:
+    """The sampler that is asked for.
+
+    Raises:
+        UserError: an unknown name or parameter, or a value that cannot be.
+    """
+    name, *pairs = args.sampler
+    params: dict[str, Any] = {"name": name}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--sampler {name} {shown(pair)}: parameters read key=value, as in `--sampler ddim eta=0.5`")
+        params[key] = _value(pair, value)
+    if args.steps is not None:
+        params["steps"] = args.steps
+    try:
+        return SAMPLERS.build(params)
+    except ValueError as error:
+        raise UserError(f"--sampler, --steps: {error}") from None
+
+
+def guidance_of(args: argparse.Namespace) -> Guidance:
+    """The guidance that is asked for. Raises UserError for values that cannot be."""
+    asked: Mapping[str, Any] = {
+        "scale": args.guidance,
+        "controls": args.control_guidance,
+        "interval": list(args.guidance_interval),
+        "resolution": args.guidance_resolution,
+    }
+    try:
+        return read_guidance(asked)
+    except ValueError as error:
+        raise UserError(f"--guidance, --control-guidance, --guidance-interval, --guidance-resolution: {error}") from None
+
+
+def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wishes:
+    """What is asked of the samples.
+
+    Raises:
+        UserError: a file that cannot be read or holds nothing, or controls that are no numbers.
+    """
+    prompts = args.prompt if args.prompts is None else _lines(args.prompts)
+    return Wishes(labels, prompts, args.text_encoder, args.text_encoder_revision, dict(map(_control, args.control)))
+
+
+def generate_images(trained: Trained, args: argparse.Namespace, processes: Processes, wishes: Wishes) -> Made:
+    """All samples that are asked for. A collective."""
+    generator = trained.generator(sampler_of(args), guidance_of(args), args.seed, wishes)
+    decode = trained.decoder(args.vae)
+    if processes.is_main:
+        tell_passed_over(trained)
+    with Progress(disable=not processes.is_main) as progress:
+        task = progress.add_task(f"sampling with {trained.weights} weights of step {trained.step}", total=args.count)
+        made = [
+            (samples.number.numpy(), _labels(samples), to_uint8(decode(samples.x0)))
+            for samples in generator.generate(
+                args.count,
+                args.batch,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                progress=lambda n: progress.advance(task, n * processes.world_size),
+            )
+        ]
+    parts = [part for share in processes.gather_to_main(made) for part in share]
+    if not parts:
+        empty = np.zeros(0, np.int64)
+        return Made(empty, empty, np.zeros((0, 1, 1, 1), np.uint8), generator.conditions)
+    numbers, classes, images = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    order = np.argsort(numbers)
+    return Made(numbers[order], classes[order], images[order], generator.conditions)
+
+
+def _labels(samples: Samples) -> NDArray[np.int64]:
+    assert samples.cond.labels is not None
+    return samples.cond.labels.cpu().numpy()
+
+
+def tell_passed_over(trained: Trained) -> None:
+    """One line for each damaged checkpoint newer than the one used."""
+    for damaged in trained.passed_over:
+        print(f"passed over a damaged checkpoint: {damaged}")
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that are not empty."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read as text in UTF-8: {error}") from None
+    if not lines:
+        raise UserError(f"--prompts {path}: holds no prompt; write one a line")
+    return lines
+
+
+def _control(given: str) -> tuple[str, tuple[float, ...]]:
+    name, _, numbers = given.partition("=")
+    try:
+        told = tuple(float(number) for number in numbers.split(","))
+    except ValueError:
+        told = ()
+    if not told or not all(map(math.isfinite, told)):
+        raise UserError(f"--control {shown(given)}: give a name and its numbers, as in size=512,512 or flip=0")
+    return name, told
+
+
+def _value(pair: str, text: str) -> Any:
+    try:
+        return read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"--sampler {shown(pair)}: the value is not YAML: {error}") from None
