@@ -83,14 +83,23 @@ OPERATIONS = ("default", "adaln", "uniform", "adamw_ema", "noising", "adalm", ""
 WHOLE = (
     *("seed", "data.held_out", "data.streams", "data.window_shards", "data.threads", "data.ahead", "data.size", "training.steps"),
     *("training.global_batch", "training.micro_batch", "training.max_skipped", "training.checksum_every", "checkpoint.every"),
-    *("checkpoint.keep_last", "checkpoint.keep_every", "sampling.every", "sampling.count", "sampling.steps", "log.every"),
+    *("checkpoint.keep_last", "checkpoint.keep_every", "sampling.every", "sampling.count", "sampling.sampler.steps", "log.every"),
     *("log.held_out_every", "log.timestep_ranges", "optimizer.warmup_steps", "model.depth", "model.width", "model.heads", "model.patch"),
     *("model.num_classes", "model.channels", "model.input_size", "model.num_timesteps", "diffusion.schedule.num_timesteps"),
 )
 REAL = (
     *("training.clip", "training.timeout_seconds", "checkpoint.retry_seconds", "optimizer.learning_rate", "optimizer.eps"),
-    *("optimizer.weight_decay", "diffusion.label_drop", "sampling.guidance", "log.spike", "data.max_damaged", "data.cache_gib"),
-    *("data.retry_seconds", "diffusion.weighting.gamma", "diffusion.schedule.num_timesteps"),
+    *(
+        "optimizer.weight_decay",
+        "diffusion.label_drop",
+        "diffusion.control_drop",
+        "sampling.guidance",
+        "log.spike",
+        "data.max_damaged",
+        "data.cache_gib",
+    ),
+    *("data.retry_seconds", "diffusion.weighting.gamma", "diffusion.schedule.num_timesteps", "diffusion.schedule.rescale"),
+    *("sampling.sampler.rho", "sampling.guidance.controls", "sampling.guidance.resolution", "diffusion.timesteps.std"),
 )
 WORDS = {
     "attention": ("auto", "flash", "math", "flash_attn_4", "none"),
@@ -109,13 +118,30 @@ WORDS = {
     "optimizer.betas": ([0, 0], [0.9, 0.999], [1, 1], [0.5], [0.1, 0.2, 0.3], "0.9"),
     "optimizer.implementation": ("fasttrain", "torch", "apex", "deepspeed", "adam"),
     "diffusion.prediction": ("x0", "eps", "v", "flow"),
-    "diffusion.weighting": ("const", "snr", "min_snr", "max_snr", "soft_min_snr", "min-snr"),
+    "diffusion.weighting": ("const", "snr", "min_snr", "max_snr", "soft_min_snr", "flow", "min-snr"),
+    "diffusion.timesteps": (
+        "uniform",
+        "logit_normal",
+        {"name": "logit_normal", "mean": 1e300},
+        {"name": "logit_normal", "stratified": True},
+    ),
+    "sampling.sampler": (
+        "heun",
+        "euler",
+        "ddim",
+        {"name": "ddim", "eta": 2},
+        {"name": "dpm_solver", "order": 9},
+        {"name": "heun", "rho": 1e300},
+    ),
+    "sampling.guidance": (1.5, {"scale": 4, "interval": [0.2, 0.8]}, {"interval": [1, 0]}, {"controls": 1.4}, {"scale": 1e300}, []),
     "diffusion.schedule": (
         "cosine",
         "linear",
         "scaled_linear",
         {"name": "linear", "zero_terminal": True},
         {"name": "cosine", "num_timesteps": 2},
+        {"name": "flow", "shift": 3},
+        {"name": "cosine", "rescale": 1e300},
     ),
     "run_dir": (".", "a/b/c", "..", "", "x" * 300, "a\0b", "\n", "run dir", "run.yaml", "run.yaml/x", "/dev/null/x"),
     "deepspeed": tuple(f"configs/deepspeed/zero{stage}.json" for stage in range(5)),

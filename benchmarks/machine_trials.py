@@ -103,7 +103,7 @@ def disk(setting: Setting) -> list[Outcome]:
 
 
 def _troubled(folder: Path, setting: Setting, trouble: Trouble, whole: Whole) -> list[str]:
-    config = write_config(folder, setting.shards, 2, STEPS, sampling={"every": FROM, "count": 4, "steps": 2})
+    config = write_config(folder, setting.shards, 2, STEPS, sampling={"every": FROM, "count": 4, "sampler": {"name": "heun", "steps": 2}})
     with mounted(folder, "-t", "tmpfs", "-o", "size=64m", "tmpfs"):
         start = Start(config, RANKS, folder / "printed")
         try:

@@ -22,7 +22,7 @@ from fasttrain.run import identity, resolve, write_folder
 ACCEPTED, REFUSED = "accepted", "refused"
 _WORLDS = (1, 2)
 _NAMED = re.compile(
-    r"run_dir|seed|kernels|attention|data|model|diffusion|optimizer|training|checkpoint|sampling|log|deepspeed|override|run\.yaml|prediction|shards"
+    r"run_dir|seed|kernels|attention|data|model|diffusion|optimizer|training|checkpoint|sampling|log|init_from|deepspeed|override|run\.yaml|prediction|shards"
 )
 _ALONE = Processes(0, 1, 0, torch.device("cpu"), None)  # type: ignore[arg-type] # writing a run folder needs no group
 

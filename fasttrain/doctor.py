@@ -53,7 +53,7 @@ PACKAGES = (
     Package("triton", (3, 6), (3, 8)),
     Package("deepspeed", (0, 19, 8), (0, 20)),
     Package("webdataset", (1, 0, 2), (2,)),
-    Package("diffusers", (0, 36), remedy="needed to prepare latents: pip install 'fasttrain[latents]'"),
+    Package("diffusers", (0, 36), remedy="needed for latents and the samplers ddim, ddpm and dpm_solver: pip install 'fasttrain[latents]'"),
 )
 
 

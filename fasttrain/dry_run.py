@@ -31,6 +31,8 @@ def dry_run(config: RunConfig) -> None:
     seed = torch.tensor(config.seed)
     check_kernels(config.kernels, seed)
     build_objective(config, seed, data.empty)
+    if config.sampling.every:
+        config.sampling.sampler.require()
     if config.log.held_out_every:
         data.held_out_loader(config, seed).close()
     accumulation_steps, micro_batch = config.training.accumulation_steps(world_size), config.training.micro_batch_of(world_size)
