@@ -56,7 +56,7 @@ def padded(text: Text, seed: Tensor | int, position: Tensor, how: TextPadding) -
 def _replicated(tokens: Tensor, length: Tensor, seed: Tensor | int, position: Tensor, noise: float) -> Tensor:
     own = length.clamp(min=1)[:, None]  # [B, 1]
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    copies = tokens.gather(1, (place % own)[..., None].expand_as(tokens))  # [B, M, E]
+    copies = tokens[torch.arange(len(tokens), device=tokens.device)[:, None], place % own]  # [B, M, E]
     if noise == 0:
         return copies
     eps = normal(seed, position, tokens.shape[1:], Purpose.TEXT_PADDING)
