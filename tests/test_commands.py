@@ -221,6 +221,14 @@ def test_a_dry_run_tells_and_writes_nothing(digits, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [config]
 
 
+def test_a_dry_run_asks_for_what_its_sampler_needs(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # what an absent package looks like to import
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(plain_config(tmp_path / "run", digits, sampling={"every": 5, "sampler": "dpm_solver"})))
+    assert main(["train", str(config), "--dry-run"]) == 2
+    assert "samplers ddim, dpm_solver and ddpm need diffusers" in capsys.readouterr().err
+
+
 def test_a_profile_is_a_trace_of_training_steps(digits, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(plain_config(tmp_path / "run", digits, training={"steps": 6})))
