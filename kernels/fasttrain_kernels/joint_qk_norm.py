@@ -201,7 +201,7 @@ def joint_qk_norm(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _require_sequences(qkv_text: Tensor, qkv_image: Tensor, weights: tuple[Tensor, ...], heads: int) -> None:
+def _require_sequences(qkv_text: Tensor, qkv_image: Tensor, weights: tuple[Tensor, Tensor, Tensor, Tensor], heads: int) -> None:
     require_heads(qkv_text, *weights[:2], heads, "_text")
     require_heads(qkv_image, *weights[2:], heads, "_image")
     require_same_device(qkv_image.device, qkv_text=qkv_text)

@@ -5,6 +5,8 @@ rows at once. Strides are counted in heads, of WIDTH elements each: so the compi
 an access of 16 bytes may.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -205,12 +207,12 @@ def backward_programs(device: torch.device) -> int:
     return _BACKWARD_PROGRAMS_PER_PROCESSOR * processors(device)
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list[Any]:
     """Each where it is not missing, its elements side by side."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def in_whole_heads(width: int, *tensors: Tensor | None) -> list[Tensor | None]:
+def in_whole_heads(width: int, *tensors: Tensor | None) -> list[Any]:
     """The tensors [..., n width] as they are, if heads begin at multiples of `width` elements and all lie alike; else contiguous copies."""
     strides = {t.stride() for t in tensors if t is not None}
     first = next(iter(strides))

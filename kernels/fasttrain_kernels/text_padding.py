@@ -35,7 +35,7 @@ def text_padding_reference(tokens: Tensor, length: Tensor, seed: Tensor | int, p
     places = torch.arange(x.shape[1], device=x.device)
     own = length.clamp(1, max(1, x.shape[1]))[:, None, None]  # [B, 1, 1]
     mine = places[:, None] < own  # [B, M, 1]
-    copies = x.gather(1, (places[:, None] % own).expand_as(x))
+    copies = x[torch.arange(len(x), device=x.device)[:, None], places % own[:, :, 0]]
     mean = x.masked_fill(~mine, 0).sum(1, keepdim=True) / own
     deviation = ((x - mean).masked_fill(~mine, 0).square().sum(1, keepdim=True) / own).sqrt()  # [B, 1, E]
     eps = normal(seed, position, x.shape[1:], Purpose.TEXT_PADDING)
