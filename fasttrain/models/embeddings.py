@@ -37,7 +37,8 @@ def grid_coordinates(grid: int, base: int | None = None, table: int | None = Non
         return ((table - grid) // 2 + torch.arange(grid, dtype=torch.float64)) * ((base or grid) / table)  # [g]
     if base is None or base == grid:
         return torch.arange(grid, dtype=torch.float64)  # [g]
-    return torch.linspace(0, base, grid, dtype=torch.float64)  # [g]
+    # As arange, and not as linspace, which can miss a `torch.device("meta")` around it.
+    return torch.arange(grid, dtype=torch.float64) / max(grid - 1, 1) * base  # [g]
 
 
 def sincos_positions(width: int, line: Tensor) -> Tensor:

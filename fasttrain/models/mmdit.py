@@ -180,8 +180,8 @@ class MultimodalTransformer(Network):
         rotation = self.rotation() if self.rotation else None
         state = self.begin(context, image)
         for block in self.blocks:
-            state = run_block(block, state, vector, rotation, where, recompute=self.config.checkpoint_blocks)
-        x = self.final_layer(*self.end(state), vector)[:, -image.shape[1] :]  # [B, N, p*p*C]
+            state = run_block(block, *state, vector, rotation, where, recompute=self.config.checkpoint_blocks)
+        x = self.final_layer(*self.end(*state), vector)[:, -image.shape[1] :]  # [B, N, p*p*C]
         return unpatchify(x, self.config.patch, channels)  # [B, C, H, W]
 
     def _vector(self, t: Tensor, cond: Cond, dtype: torch.dtype) -> Tensor:

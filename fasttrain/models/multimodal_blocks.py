@@ -2,7 +2,7 @@
 
 Both keep adaLN-Zero around joint attention and the MLP. A form's blocks begin with the tokens of text [B, M, D] and image [B, N, D], hand
 one another what they need (see Network: tokens, and what is pending to be added to them), and end with tokens of which the last N are the
-image's.
+image's. What they hand on is flat: ZeRO-3 hooks a block's backward pass only to tensors that it takes and gives as they are.
 """
 
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from fasttrain.models.modulation import ModulatedNorm, Modulation, Pending
 
 Stream = tuple[Tensor, Pending]
 """Tokens [B, ., D], and what is pending to be added to them."""
+Streams = tuple[Tensor, Pending, Tensor, Pending]
+"""The text's stream, then the image's."""
 
 
 class SharedAttention(JointAttention):
@@ -56,12 +58,11 @@ class SharedBlock(nn.Module):
         return torch.cat([text, image], dim=1), None  # [B, M + N, D]
 
     @staticmethod
-    def end(state: Stream) -> Stream:
+    def end(x: Tensor, pending: Pending) -> Stream:
         """The sequence."""
-        return state
+        return x, pending
 
-    def forward(self, state: Stream, vector: Tensor, rotation: Rotation | None, where: Tensor | None) -> Stream:
-        x, pending = state
+    def forward(self, x: Tensor, pending: Pending, vector: Tensor, rotation: Rotation | None, where: Tensor | None) -> Stream:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(vector).chunk(6, dim=1)  # 6 x [B, D]
         x, y = self.norm(x, pending, scale_attn, shift_attn)  # 2 x [B, M + N, D]
         branch = self.attn(y, rotation, where)  # [B, M + N, D]
@@ -92,9 +93,8 @@ class FullStream(nn.Module):
         self.proj = nn.Linear(config.width, config.width)
         self.mlp = Mlp(config.width, "tanh", how)
 
-    def enter(self, stream: Stream, vector: Tensor) -> Entered:
+    def enter(self, x: Tensor, pending: Pending, vector: Tensor) -> Entered:
         """Up to the attention."""
-        x, pending = stream
         shift, scale, *others = self.adaLN_modulation(vector).chunk(6, dim=1)  # 6 x [B, D]
         x, y = self.norm(x, pending, scale, shift)  # 2 x [B, ., D]
         return Entered(x, self.qkv(y), tuple(others))
@@ -118,9 +118,8 @@ class LastTextStream(nn.Module):
         self.adaLN_modulation = Modulation(config.width, 2)
         self.qkv = nn.Linear(config.width, 3 * config.width)
 
-    def enter(self, stream: Stream, vector: Tensor) -> Entered:
+    def enter(self, x: Tensor, pending: Pending, vector: Tensor) -> Entered:
         """Up to the attention."""
-        x, pending = stream
         scale, shift = self.adaLN_modulation(vector).chunk(2, dim=1)  # 2 x [B, D]
         x, y = self.norm(x, pending, scale, shift)  # 2 x [B, M, D]
         return Entered(x, self.qkv(y), ())
@@ -142,22 +141,29 @@ class DualBlock(nn.Module):
         self.attn = JointAttention(config, how)
 
     @staticmethod
-    def begin(text: Tensor, image: Tensor) -> tuple[Stream, Stream]:
+    def begin(text: Tensor, image: Tensor) -> Streams:
         """Both as they are."""
-        return (text, None), (image, None)
+        return text, None, image, None
 
     @staticmethod
-    def end(state: tuple[Stream, Stream]) -> Stream:
+    def end(text: Tensor, text_pending: Pending, image: Tensor, image_pending: Pending) -> Stream:
         """The image's stream."""
-        return state[1]
+        return image, image_pending
 
     def forward(
-        self, state: tuple[Stream, Stream], vector: Tensor, rotation: Rotation | None, where: Tensor | None
-    ) -> tuple[Stream, Stream]:
-        text, image = self.text.enter(state[0], vector), self.image.enter(state[1], vector)
-        out = self.attn(text.qkv, image.qkv, rotation, where)  # [B, M + N, D]
-        text_out, image_out = out.split([text.x.shape[1], image.x.shape[1]], dim=1)  # [B, M, D], [B, N, D]
-        return self.text.leave(text, text_out), self.image.leave(image, image_out)
+        self,
+        text: Tensor,
+        text_pending: Pending,
+        image: Tensor,
+        image_pending: Pending,
+        vector: Tensor,
+        rotation: Rotation | None,
+        where: Tensor | None,
+    ) -> Streams:
+        told, shown = self.text.enter(text, text_pending, vector), self.image.enter(image, image_pending, vector)
+        out = self.attn(told.qkv, shown.qkv, rotation, where)  # [B, M + N, D]
+        text_out, image_out = out.split([text.shape[1], image.shape[1]], dim=1)  # [B, M, D], [B, N, D]
+        return *self.text.leave(told, text_out), *self.image.leave(shown, image_out)
 
 
 FORMS: dict[str, type[SharedBlock] | type[DualBlock]] = {"shared": SharedBlock, "dual": DualBlock}

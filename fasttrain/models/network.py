@@ -13,7 +13,7 @@ class Network(nn.Module):
 
     A block takes the tokens and what the block before it left to be added to them, and leaves the same to the next, so that residual and
     norm are one pass over memory also where blocks meet. With `checkpoint_blocks` a block adds its own: one tensor a block is kept then,
-    not two.
+    not two. The tokens are arguments and results of their own, not within tuples: ZeRO-3 hooks a block's backward pass to those.
     """
 
     blocks: nn.ModuleList

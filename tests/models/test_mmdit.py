@@ -191,7 +191,7 @@ def test_the_first_prediction_is_zero_and_every_block_the_identity(form, kind):
     assert not model(*batch(model)).any()
     text, image, vector = torch.randn(2, model.config.extra_tokens, 32), torch.randn(2, 16, 32), torch.randn(2, 32)
     for block in model.blocks:
-        x, pending = block.end(block(block.begin(text, image), vector, None, None))
+        x, pending = block.end(*block(*block.begin(text, image), vector, None, None))
         assert torch.equal(x[:, -16:], image) and pending[0].any() and not pending[1].any()
 
 
