@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from fasttrain.building import build_network, build_objective
 from fasttrain.checkpoint import newest_sound, read_weights
+from fasttrain.cond import Cond, Text
 from fasttrain.config import load_config, parse_config
 from fasttrain.data.loader import training_loader
 from fasttrain.data.shards import ShardSet
@@ -22,6 +23,7 @@ from tests.commands import fasttrain
 from tests.ranks import run_ranks
 from tests.runs import plain_config, start, zero
 from tests.test_bad_input import assert_one_message, contents, write_config
+from tests.told_images import PLACES, POOLED, SIDE, WIDTH, write_told
 
 STEPS = 6
 CPU = torch.device("cpu")
@@ -200,6 +202,30 @@ def test_an_official_checkpoint_continues_training_and_goes_to_diffusers(tmp_pat
     assert all(torch.equal(begun[name], weight) for name, weight in weights(tmp_path / "run", "master").items())
     facts = json.loads((tmp_path / "folder" / "fasttrain.json").read_text())
     assert facts["step"] == 2 and facts["config"]["diffusion"]["prediction"] == {"name": "x0"}
+
+
+def test_a_run_of_text_goes_to_diffusers_and_back(tmp_path: Path):
+    """What SD3Transformer2DModel computes of it is what it computes; a run that begins from that folder has its weights bit for bit."""
+    from diffusers import SD3Transformer2DModel
+
+    model = {"name": "mmdit", "form": "dual", "depth": 2, "width": 32, "heads": 2, "patch": 4, "num_timesteps": None}
+    config = write_config(tmp_path, write_told(tmp_path), model=model, training={"steps": 2}, optimizer={"learning_rate": 0.03})
+    assert fasttrain("train", config).status == 0
+    exported = fasttrain("export", tmp_path / "run", tmp_path / "folder", "--format", "diffusers", "--weights", "raw")
+    assert exported.status == 0, exported.err
+    theirs, ours = SD3Transformer2DModel.from_pretrained(tmp_path / "folder"), Trained.load(tmp_path / "run", "raw", CPU).network
+    text = Text(torch.randn(3, PLACES, WIDTH), torch.full((3,), PLACES), torch.randn(3, POOLED))
+    x, t = torch.randn(3, 3, SIDE, SIDE), torch.tensor([0, 400, 999])
+    with torch.no_grad():
+        wanted = ours(x, t, Cond(text=text))
+        made = theirs(x, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=t).sample
+    torch.testing.assert_close(made, wanted, rtol=0, atol=2e-6)
+    assert wanted.std() > 0.01
+
+    done = fasttrain("train", config, f"run_dir={tmp_path / 'back'}", f"init_from={tmp_path / 'folder'}", "training.steps=1")
+    assert done.status == 0 and "diffusers' SD3Transformer2DModel names" in done.out and "fresh" not in done.out, done
+    begun = dict(Trained.load(tmp_path / "back", "untrained", CPU).network.named_parameters())
+    assert all(torch.equal(begun[name], weight) for name, weight in weights(tmp_path / "run", "master").items())
 
 
 def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path, base: Path):

@@ -70,6 +70,13 @@ def open_source(given: InitFrom) -> Source:
         UserError: it is not there, is none of the kinds that are read, is damaged, or holds no such weights.
     """
     place = Path(given.source)
+    try:
+        return _opened(place, given)
+    except OSError as error:
+        raise UserError(f"init_from: {printable(place)} cannot be read: {error.strerror or error}; name another source") from None
+
+
+def _opened(place: Path, given: InitFrom) -> Source:
     if not place.exists():
         raise UserError(f"init_from: {place}: no such folder or file; give a run folder, a safetensors file or a diffusers folder")
     if place.is_file():

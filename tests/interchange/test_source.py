@@ -89,6 +89,11 @@ def test_the_command_converts(tmp_path: Path):
     assert torch.equal(opened(tmp_path / "the dit.safetensors").tensors.read("x_embedder.proj.bias"), tensors["x_embedder.proj.bias"])
 
 
+def test_places_that_cannot_be_read():
+    for place in ("x" * 5000, "/dev/null/x", "/dev/zero", "/proc/self/mem", "/etc/passwd", "~", "/"):
+        refused(Path(place))
+
+
 def test_places_that_hold_no_weights(tmp_path: Path):
     refused(tmp_path / "nowhere", "no such folder or file")
     refused(tmp_path, "neither a run folder", "config.json")
