@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import fault_tables, plots, proof_tables, tables, targets, two_host_table
+from benchmarks import fault_tables, miniature_tables, plots, proof_tables, tables, targets, two_host_table
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -34,11 +34,15 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kills": fault_tables.kills,
     "faults": fault_tables.faults,
     "useful": fault_tables.useful,
+    "size_control": miniature_tables.size_control,
+    "text_to_image": miniature_tables.text_to_image,
+    "resolution_transfer": miniature_tables.resolution_transfer,
 }
 PICTURES: dict[str, Callable[[plots.Result], str]] = {
     "kernels": plots.kernel_bars,
     "step": plots.step_bars,
     "parity": plots.parity_lines,
+    "resolution_transfer": plots.transfer_lines,
 }
 
 
