@@ -24,11 +24,12 @@ _TEXT = ("tokens", "length", "pooled")
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of a set, padded as the run says; `seed` [] int64 of the run, on the device."""
+    """The captions of a set, padded as the run says; `seed` [] int64 of the run, on the device; `impl` of the operation `text_padding`."""
 
     table: TextTable
     padding: TextPadding
     seed: Tensor
+    impl: str = "auto"
 
     def gather(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """As stored, by the names of Text's parts."""
@@ -36,7 +37,7 @@ class Captions:
 
     def finish(self, arrays: Mapping[str, Tensor], position: Tensor) -> Text:
         """Padded, on the device."""
-        return padded(Text(*(arrays[name] for name in _TEXT)), self.seed, position, self.padding)
+        return padded(Text(*(arrays[name] for name in _TEXT)), self.seed, position, self.padding, self.impl)
 
 
 class Controls:

@@ -206,7 +206,7 @@ def training_loader(
     if kept < 1:
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; leave some to train on")
     order = Order(kept, shards.index.shard_samples, int(seed), config.streams, config.window_shards)
-    return _loader(config, shards, order, config.flip, seed, (kernels or Kernels()).of("uniform"), controls, text)
+    return _loader(config, shards, order, config.flip, seed, kernels or Kernels(), controls, text)
 
 
 def held_out_loader(
@@ -219,7 +219,7 @@ def held_out_loader(
     """
     if not 0 < config.held_out <= len(shards):
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; give 1 or more, and leave some")
-    return _loader(config, shards, HeldOut(len(shards), config.held_out, int(seed)), False, seed, "auto", controls, text)
+    return _loader(config, shards, HeldOut(len(shards), config.held_out, int(seed)), False, seed, Kernels(), controls, text)
 
 
 def _loader(
@@ -228,15 +228,16 @@ def _loader(
     order: SampleOrder,
     flip: bool,
     seed: Tensor,
-    impl: str,
+    kernels: Kernels,
     controls: Iterable[str],
     text: TextTable | None,
 ) -> Loader:
+    impl = kernels.of("uniform")
     transform = build_transform(shards.index, seed, flip, config.normalise, impl)
     crops = crops_of(config, shards.index, int(seed))
     size = crops.size if crops else shards.index.pixels
     conditions = Conditions(
-        captions=Captions(text, config.text_padding, seed) if text else None,
+        captions=Captions(text, config.text_padding, seed, kernels.of("text_padding")) if text else None,
         controls=Controls(shards, controls, size, flip, seed, impl) if controls else None,
     )
     return Loader(shards, order, transform, seed.device, config.threads, config.ahead, conditions, crops)

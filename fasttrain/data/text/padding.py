@@ -12,7 +12,7 @@ The paper chose noise = 0.02.
 from typing import Literal
 
 import torch
-from fasttrain_kernels.philox import Purpose, normal
+from fasttrain_kernels.text_padding import text_padding
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class TextPadding(BaseModel):
     noise: float = Field(default=0.02, ge=0, le=10)
 
 
-def padded(text: Text, seed: Tensor | int, position: Tensor, how: TextPadding) -> Text:
+def padded(text: Text, seed: Tensor | int, position: Tensor, how: TextPadding, impl: str = "auto") -> Text:
     """Captions of all M places, but for "none"; the formula is at the top of this file.
 
     Args:
@@ -40,32 +40,15 @@ def padded(text: Text, seed: Tensor | int, position: Tensor, how: TextPadding) -
         seed: [] int64 of the run.
         position: [B] int64, where the noise is drawn.
         how: the config's section.
+        impl: of the operation `text_padding`.
 
     Returns:
         Tokens and pooled in fp32; `length` is what the model may attend to: M, or with "none" the caption's own.
     """
-    tokens, pooled = text.tokens.to(torch.float32), text.pooled.to(torch.float32)
-    places = tokens.shape[1]
-    if how.how == "none":
-        return Text(tokens, text.length, pooled)
+    pooled = text.pooled.to(torch.float32)
     if how.how == "replicate":
-        tokens = _replicated(tokens, text.length, seed, position, how.noise)
-    return Text(tokens, torch.full_like(text.length, places), pooled)
-
-
-def _replicated(tokens: Tensor, length: Tensor, seed: Tensor | int, position: Tensor, noise: float) -> Tensor:
-    own = length.clamp(min=1)[:, None]  # [B, 1]
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    copies = tokens[torch.arange(len(tokens), device=tokens.device)[:, None], place % own]  # [B, M, E]
-    if noise == 0:
-        return copies
-    eps = normal(seed, position, tokens.shape[1:], Purpose.TEXT_PADDING)
-    spread = torch.sqrt(tokens.shape[1] / own - 1)[..., None]  # [B, 1, 1]
-    return copies + noise * spread * _deviation(tokens, place < own) * eps
-
-
-def _deviation(tokens: Tensor, own: Tensor) -> Tensor:
-    """Each channel's standard deviation over a caption's own tokens: [B, M, E] and [B, M] bool -> [B, 1, E]."""
-    weight = own[..., None] / own.sum(1)[:, None, None]
-    mean = (tokens * weight).sum(1, keepdim=True)
-    return ((tokens - mean).square() * weight).sum(1, keepdim=True).sqrt()
+        tokens = text_padding(text.tokens, text.length, seed, position, noise=how.noise, impl=impl)
+    else:
+        tokens = text.tokens.to(torch.float32)
+    length = text.length if how.how == "none" else torch.full_like(text.length, tokens.shape[1])
+    return Text(tokens, length, pooled)
