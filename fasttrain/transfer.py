@@ -100,7 +100,8 @@ class Transfer:
             if row.make is None:
                 continue
             values = row.make()
-            if values.shape != row.shape or not torch.isfinite(values).all():
+            assert values.shape == row.shape, row.name
+            if not torch.isfinite(values).all():
                 raise UserError(f"init_from: {self.source.told} holds a {row.name} that is not finite: name another source")
             yield row.name, values
 

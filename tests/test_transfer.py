@@ -1,6 +1,7 @@
 """Runs that begin from others: the real commands and real training states, under every ZeRO stage."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fasttrain.config import load_config, parse_config
 from fasttrain.data.loader import training_loader
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine.distributed import Processes
+from fasttrain.errors import UserError
 from fasttrain.run import read_run
 from fasttrain.trained import Trained
 from fasttrain.transfer import told_at_resume
@@ -233,6 +235,23 @@ def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path, base: Path):
         fasttrain("export", base, tmp_path / "folder", "--format", "diffusers"), "--format diffusers", "no class for the model vit"
     )
     assert not (tmp_path / "folder").exists()
+
+
+def test_ranks_that_read_different_weights_are_told(tmp_path: Path, digits: Path, base: Path):
+    """Hosts whose copies of a file differ: here, ranks that stand in different folders."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for scale, folder in enumerate(folders, start=1):
+        folder.mkdir()
+        save_file({name: weight * scale for name, weight in weights(base, "master").items()}, folder / "vit.safetensors")
+    told = run_ranks(2, refused_in, folders, plain_config(tmp_path / "run", digits, init_from="vit.safetensors"))
+    assert told == ["init_from: ranks read different weights from vit.safetensors: give every host the same"] * 2
+
+
+def refused_in(processes: Processes, folders: list[Path], raw: dict[str, Any]) -> str:
+    os.chdir(folders[processes.rank])
+    with pytest.raises(UserError) as refused:
+        start(processes, raw)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize(

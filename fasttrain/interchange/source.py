@@ -78,7 +78,9 @@ def open_source(given: InitFrom) -> Source:
 
 def _opened(place: Path, given: InitFrom) -> Source:
     if not place.exists():
-        raise UserError(f"init_from: {place}: no such folder or file; give a run folder, a safetensors file or a diffusers folder")
+        raise UserError(
+            f"init_from: {printable(place)}: no such folder or file; give a run folder, a safetensors file or a diffusers folder"
+        )
     if place.is_file():
         return _of_file(place, given)
     if (place / "config.yaml").is_file():
@@ -112,7 +114,7 @@ def _of_run(folder: Path, weights: str) -> Source:
     key = MASTER if weights == RAW else weights
     if key not in manifest.states or weights == MASTER or weights.startswith("exp_avg"):
         known = [RAW, *(state for state in manifest.states if state.startswith("ema"))]
-        raise UserError(f"init_from.weights {weights}: {folder} has {', '.join(known)}")
+        raise UserError(f"init_from.weights {printable(weights)}: {folder} has {', '.join(known)}")
     slices = Slices(checkpoint, list(manifest.files))
 
     def read(name: str) -> Tensor:
@@ -172,7 +174,9 @@ def _of_diffusers(place: Path, given: InitFrom) -> Source:
 
 def _refuse_choice(given: InitFrom, kind: str) -> None:
     if given.weights is not None:
-        raise UserError(f"init_from.weights {given.weights}: {given.source} is {kind}, which holds one set of weights: leave it out")
+        raise UserError(
+            f"init_from.weights {printable(given.weights)}: {given.source} is {kind}, which holds one set of weights: leave it out"
+        )
 
 
 def _refuse_pickle(path: Path) -> None:
