@@ -74,7 +74,7 @@ def compare(model: str, steps: int, device: torch.device, say: Callable[[str], N
 
 def operation_of(launch: Any) -> str:
     """The operation that a kernel was launched for: its file's name, but for the norms, which share their kernels."""
-    if "norm_kernels" not in launch.kernel.fn.__module__:
+    if not launch.kernel.fn.__module__.endswith(".norm_kernels"):
         return launch.kernel.fn.__module__.rpartition(".")[2].removesuffix("_kernels")
     given = launch.bound()
     adaptive = "gated_adaln" if given.get("gate") is not None else "adaln"
@@ -111,7 +111,7 @@ def _both(outcome: Outcome, reference: Outcome) -> tuple[list[Tensor], list[Tens
 
 
 def main() -> int:
-    """Runs both models. The exit status is 1 when one is beyond its budget or failed."""
+    """Runs all models. The exit status is 1 when one is beyond its budget or failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,8 @@
 
 The loop is plain PyTorch around the project's own objective, networks and update, so that it runs wherever PyTorch does: the trainer's
 own few steps with every kernel are in the tests. The ViT trains on the digits as pixels; the DiT, with QK norm and rotary positions, on
-posteriors whose mean they are, with mirrored views: between them they use every operation.
+posteriors whose mean they are, with mirrored views; the mmDiT, rotary too, on pixels with a caption for each class: between them they use
+every operation.
 """
 
 import dataclasses
@@ -15,11 +16,12 @@ import torch
 from fasttrain_kernels.adamw_ema import adamw_ema
 from fasttrain_kernels.dispatch import Kernels
 from fasttrain_kernels.latent_noising import Posterior
+from fasttrain_kernels.text_padding import text_padding
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.networks import build_network, config_of, wake
-from fasttrain.cond import Cond, Nothing
+from fasttrain.cond import Cond, Nothing, Text
 from fasttrain.diffusion.objective import Objective
 from fasttrain.diffusion.prediction import V
 from fasttrain.diffusion.schedule import Cosine
@@ -30,7 +32,12 @@ from fasttrain.models import Transformer
 BATCH = 4
 WIDTH = {"depth": 2, "width": 32, "heads": 2, "patch": 4}
 GEOMETRY = {"input_size": 8, "channels": 1, "num_classes": 10}
-MODELS: dict[str, dict[str, Any]] = {"vit": {**WIDTH, "num_timesteps": 1000}, "dit": {**WIDTH, "qk_norm": True, "rotary": True}}
+PLACES, TEXT_WIDTH = 5, 12
+MODELS: dict[str, dict[str, Any]] = {
+    "vit": {**WIDTH, "num_timesteps": 1000},
+    "dit": {**WIDTH, "qk_norm": True, "rotary": True},
+    "mmdit": {**WIDTH, "rotary": True, "text_tokens": PLACES, "text_width": TEXT_WIDTH},
+}
 LR, BETAS, EPS, WEIGHT_DECAY, DECAY = 1e-3, (0.9, 0.99), 1e-8, 0.03, 0.99
 
 
@@ -84,6 +91,14 @@ def posterior(images: Tensor) -> Posterior:
     return Posterior(stored, torch.zeros_like(one), one, flip=True)
 
 
+def captions(labels: Tensor, position: Tensor, variant: Variant) -> Text:
+    """Random tokens for each class, 1 to 5 of them, padded with noise; for class 10 those of an empty caption."""
+    tokens = torch.randn(11, PLACES, TEXT_WIDTH, generator=torch.Generator().manual_seed(5)).to(labels.device)[labels]
+    wide = tokens.double() if variant.dtype == torch.float64 else tokens
+    padded = text_padding(wide, labels % PLACES + 1, 3, position, noise=0.1, impl=variant.kernels)
+    return Text(padded, torch.full_like(labels, PLACES), padded[:, 0])
+
+
 def model_config(model: str) -> Transformer:
     """The small network of this family."""
     return dataclasses.replace(config_of(model, **GEOMETRY), **MODELS[model])
@@ -92,7 +107,7 @@ def model_config(model: str) -> Transformer:
 def train(model: str, variant: Variant, steps: int, device: torch.device) -> Outcome:
     """Trains from the same weights on the same images; inside `running`, where the kernels are to be interpreted."""
     digits, config = Digits(), model_config(model)
-    objective = _objective(config, Kernels(variant.kernels), device)
+    objective = _objective(config, variant, device)
     network = _network(config, variant, device)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     wide = torch.float64 if variant.dtype == torch.float64 else torch.float32
@@ -102,6 +117,8 @@ def train(model: str, variant: Variant, steps: int, device: torch.device) -> Out
     losses = []
     for step in range(steps):
         images, cond, position = digits.batch(step, variant, device)
+        if model == "mmdit":
+            cond = Cond(text=captions(cond.labels, position, variant))
         loss = objective(network, posterior(images) if model == "dit" else images, cond, position, dtype=variant.dtype).loss
         grads = list(torch.autograd.grad(loss, list(parameters.values())))
         settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY, "update": step + 1, "decays": [DECAY]}
@@ -132,6 +149,8 @@ def _network(config: Transformer, variant: Variant, device: torch.device) -> nn.
     return network.to(device, variant.dtype)
 
 
-def _objective(config: Transformer, kernels: Kernels, device: torch.device) -> Objective:
-    settings = {"label_drop": 0.1, "nothing": Nothing(config.null_label), "seed": torch.tensor(3, device=device), "kernels": kernels}
+def _objective(config: Transformer, variant: Variant, device: torch.device) -> Objective:
+    tenth, first = (torch.tensor([number], device=device) for number in (10, 0))
+    nothing = Nothing(config.null_label, captions(tenth, first, variant) if config.null_label is None else None)
+    settings = {"label_drop": 0.1, "nothing": nothing, "seed": torch.tensor(3, device=device), "kernels": Kernels(variant.kernels)}
     return Objective(Cosine(), V(), MinSnr(), Stratified(), **settings)
