@@ -30,6 +30,7 @@ class Spec:
         autocast: fp32 weights under autocast, instead of bf16 weights and fp32 masters.
         compiled: torch.compile of each block.
         graphed: forward and backward replayed as one CUDA graph.
+        packed: how attention passes over the padding of captions, see Implementations; None: as the attention chosen can.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Spec:
     autocast: bool = False
     compiled: bool = False
     graphed: bool = False
+    packed: bool | None = None
 
 
 OUR_UPDATE = updates.ours("auto")
@@ -53,6 +55,10 @@ ARMS: dict[str, Spec] = {
         Spec("ours, kernels only", "our kernels, eager", OUR_UPDATE, OURS, plain=False),
         Spec("ours, compiled", "our kernels, each block compiled", OUR_UPDATE, OURS, plain=False, compiled=True),
         Spec("ours", "ours, compiled, replayed as a CUDA graph", OUR_UPDATE, OURS, plain=False, compiled=True, graphed=True),
+        Spec("ours, masked", "our kernels, eager; captions' padding masked in attention", OUR_UPDATE, OURS, plain=False, packed=False),
+        Spec(
+            "ours, packed", "our kernels, eager; captions packed by their bounds in attention", OUR_UPDATE, OURS, plain=False, packed=True
+        ),
     )
 }
 
@@ -70,7 +76,9 @@ class StepArm:
         if spec.graphed and device.type != "cuda":
             raise ValueError("CUDA graphs need a CUDA device")
         self.spec, self.state, self.device = spec, state, device
-        self.network = build_network(config, spec.kernels, attention, device)
+        # The fastest attention may be one that takes no mask.
+        attention = "auto" if spec.packed is False else attention
+        self.network = build_network(config, spec.kernels, attention, device, spec.packed)
         state.share_with(self.network, spec.autocast)
         if spec.compiled:
             self.network.compile(backend=backend, dynamic=False)

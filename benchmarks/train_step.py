@@ -1,6 +1,7 @@
 """Whole training steps, with optimizer and average: ours against eager and tuned, compiled PyTorch, by the protocol of a fair race.
 
-    python -m benchmarks.train_step [--digest | --full] [--models dit-xl/2 ...] [--device cpu --smoke] [--seconds 520] [--out FOLDER]
+    python -m benchmarks.train_step [--digest | --full | --captions] [--models dit-xl/2 ...] [--device cpu --smoke]
+        [--seconds 520] [--out FOLDER]
 
 One process, one device, the same weights, the same batch, the same attention backend (the fastest measured) for every arm. An arm's loss
 and all its gradients are compared with the network in fp32 first; one that is off has no speed. Then the arms take turns, at least five
@@ -43,10 +44,15 @@ RESERVE = 40.0
 ABLATED = {
     "dit": ("gated_adaln", "adaln", "bias_gelu", "adamw_ema", "noising", "weighted_mse", "uniform"),
     "vit": ("residual_norm", "bias_gelu", "adamw_ema", "noising", "weighted_mse", "uniform"),
+    "mmdit": ("gated_adaln", "adaln", "joint_qk_norm", "bias_gelu", "adamw_ema", "noising", "weighted_mse", "uniform"),
 }
 """The operations of a training step of each kind of network, those that move most bytes first."""
 DIGEST_ARMS = ("ours", "compile + graphs", "compile", "eager", "ours, kernels only")
 """In the order in which they are built while there is time."""
+CAPTION_ARMS = ("ours, masked", "ours, packed")
+"""The two ways of attention among captions of different lengths; only a model that takes such captions has them."""
+CAPTION_MODELS = {"cuda": ("mmdit-xl/2+captions", 32), "cpu": ("mmdit-s/2+captions", 8)}
+"""The model and the batch that they are compared at."""
 SMOKE_GEOMETRY = {"input_size": 8, "channels": 1, "num_classes": 10}
 
 
@@ -232,7 +238,7 @@ def _race(stage: Stage, preset: str, batch: int, effort: Effort, device: torch.d
     keys = {"model": preset, "batch": batch}
     ceilings = stage.case(lambda: _ceilings(preset, batch, effort, device), part="limits", **keys)
     if "matmul" in ceilings:
-        specs = tuple(ARMS[name] for name in effort.arms)
+        specs = _specs(config_of(preset, **dict(effort.geometry)), effort)
         stage.case(
             lambda: Race(preset, batch, effort, device, ceilings, stage.remaining).run(specs, stage.so_far),
             least=RESERVE,
@@ -240,6 +246,11 @@ def _race(stage: Stage, preset: str, batch: int, effort: Effort, device: torch.d
             **keys,
         )
     return ceilings
+
+
+def _specs(config: Transformer, effort: Effort) -> tuple[Spec, ...]:
+    """The arms that this model has."""
+    return tuple(ARMS[name] for name in effort.arms if config.ragged_tokens or name not in CAPTION_ARMS)
 
 
 def _through_deepspeed(preset: str, batch: int, effort: Effort, device: torch.device) -> dict[str, Any]:
@@ -271,7 +282,7 @@ def without(spec: Spec, operation: str) -> Spec:
 
 def _ceilings(preset: str, batch: int, effort: Effort, device: torch.device) -> dict[str, Any]:
     config = config_of(preset, **dict(effort.geometry))
-    tokens = batch * (config.grid**2 + getattr(config, "extra_tokens", 0))
+    tokens = batch * config.tokens
     shapes = training_shapes(config.width, tokens) if device.type == "cuda" else [(64, 64, 64)]
     return {"copy": copy_bandwidth(device), "matmul": matmul_rate(device, shapes)}
 
@@ -284,24 +295,30 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="images a step; default: by model")
     parser.add_argument("--digest", action="store_true", help="the race alone, of the arms that matter, for the two largest models")
     parser.add_argument("--full", action="store_true", help="all arms at several batches")
+    parser.add_argument("--captions", action="store_true", help="only attention among captions of different lengths: masked, packed")
     parser.add_argument("--smoke", action="store_true", help="tiny networks, to see that everything runs: no figure means anything")
     parser.add_argument("--seconds", type=float, default=520.0, help="the stage's limit")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>, or build/smoke")
     args = parser.parse_args()
-    device = timed_device(args.device, args.smoke)
+    # On a CPU these two differ by what they compute, and not by kernels, which it does not have.
+    device = timed_device(args.device, args.smoke or args.captions)
     effort = Effort(rounds=5, steps=10 if args.digest else 20, arms=DIGEST_ARMS if args.digest else tuple(ARMS))
     models = args.models or ["dit-xl/2", "vit-xl/2", "vit-b/2"][: 2 if args.digest else 3]
     if args.smoke:
         effort = Effort(2, 2, tuple(ARMS), backend="aot_eager", geometry=tuple(SMOKE_GEOMETRY.items()))
         models, args.batch = args.models or ["dit-tiny", "vit-tiny"], args.batch or 2
+    if args.captions:
+        (preset, size), effort = CAPTION_MODELS[device.type], Effort(rounds=5, steps=3 if device.type == "cpu" else 20, arms=CAPTION_ARMS)
+        models, args.batch = args.models or [preset], args.batch or size
     out = args.out or (Path("build/smoke") if args.smoke else results_folder(device))
     settings = {"precision": "bf16 weights, fp32 masters", "rounds": effort.rounds, "steps": effort.steps, "digest": args.digest}
     settings |= {"smoke": args.smoke, "kernels": here(), "backend": effort.backend}
     settings["arms"] = {name: ARMS[name].means for name in effort.arms}
-    stage = Stage(out / "step.json", "step", environment(device), settings, args.seconds)
-    run(stage, models, effort, device, args.full, args.digest, args.batch)
+    name = "captions" if args.captions else "step"
+    stage = Stage(out / f"{name}.json", name, environment(device), settings, args.seconds)
+    run(stage, models, effort, device, args.full, args.digest or args.captions, args.batch)
     stage.note(environment_after=environment(device))
-    (out / "step.svg").write_text(step_bars(stage.result))
+    (out / f"{name}.svg").write_text(step_bars(stage.result))
     print(f"written: {stage.path}")
     return 1 if stage.failed() else 0
 

@@ -13,9 +13,11 @@ from fasttrain_kernels.cases import CASES
 from fasttrain_kernels.dispatch import OPERATIONS
 
 from benchmarks import kernels, optimizer_pass, tables, train_step
+from benchmarks.networks import config_of
 from benchmarks.stage import NO_TIME, Stage
 from benchmarks.step_arms import ARMS
 from benchmarks.updates import TrainingState
+from fasttrain.models.ragged import Packed
 
 CPU = torch.device("cpu")
 EFFORT = train_step.Effort(rounds=2, steps=2, arms=(), backend="aot_eager", geometry=tuple(train_step.SMOKE_GEOMETRY.items()))
@@ -71,6 +73,22 @@ def test_a_race(preset: str, baseline: str) -> None:
     assert f"| {preset}, batch 2 | ours | " in "\n".join(tables._step("cpu", result))
     looked = race.look("ours, kernels only")
     assert looked["profile"]["microseconds"]["GEMM"] > 0 and looked["host_waits"]["per_step"] is None
+
+
+def test_captions_race_masked_and_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = train_step.Race("mmdit-tiny+captions", 3, EFFORT, CPU, CEILINGS, lambda: 600.0)
+    both = tuple(ARMS[name] for name in train_step.CAPTION_ARMS)
+    found = race.run(both)
+    assert found["refused"] == {} and set(found["arms"]) == {"ours, masked", "ours, packed"} and len(found["over_ours"]) == 1
+    monkeypatch.setattr(Packed, "where", lambda self, length, text, image: torch.arange(4, dtype=torch.int32) * (text + image))
+    assert "ours, packed" in race.run(both)["refused"], "attention that sees the padding has a speed"
+
+
+def test_only_a_model_that_takes_captions_has_their_arms() -> None:
+    effort = replace(EFFORT, arms=tuple(ARMS))
+    names = {model: {spec.name for spec in train_step._specs(config_of(model), effort)} for model in ("dit-tiny", "mmdit-tiny+captions")}
+    assert names["mmdit-tiny+captions"] == set(ARMS) == names["dit-tiny"] | set(train_step.CAPTION_ARMS)
+    assert names["dit-tiny"] != set(ARMS)
 
 
 def _name(preset: str) -> dict[str, Any]:
