@@ -26,7 +26,8 @@ def nothing(config: RunConfig, empty: Text | None = None) -> Nothing:
     text = None
     if empty is not None:
         # Its noise is drawn once, under the run's own seed: "no caption" is one embedding, not many.
-        text = padded(empty, config.seed, torch.zeros_like(empty.length), config.data.text_padding)
+        at = torch.zeros_like(empty.length)
+        text = padded(empty, config.seed, at, config.data.text_padding, config.kernels.of("text_padding"))
     return Nothing(label=config.model.null_label, text=text, controls=bool(config.controls))
 
 
