@@ -5,7 +5,7 @@ error. No weight is read before the plan is made.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fasttrain.errors import UserError
@@ -51,13 +51,18 @@ def _class_table(fitting: Fitting, name: str) -> Row:
     shape, was = fitting.shapes[name], fitting.was(name)
     if was is None:
         return fitting.fresh(name, "the source has no classes")
-    if fitting.differs("name") or fitting.differs("conditioning"):
+    if _class_enters(fitting.source.model) != _class_enters(fitting.model):
         return fitting.fresh(name, "the class enters the network elsewhere there")
     if was != shape and was[1:] == shape[1:]:
         return fitting.fresh(name, f"{was[0] - 1} classes there, {shape[0] - 1} here")
     if _others(fitting, "classes"):
         return fitting.fresh(name, "classes of other names there")
     return fitting.taken(name)
+
+
+def _class_enters(model: Mapping[str, Any]) -> str:
+    """Where: a DiT's may be a part of what modulates, all others' is a token."""
+    return model.get("conditioning", "adaln") if model["name"] == "dit" else "attention"
 
 
 def _text_embedder(fitting: Fitting, name: str) -> Row:
