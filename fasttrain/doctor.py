@@ -54,6 +54,7 @@ PACKAGES = (
     Package("deepspeed", (0, 19, 8), (0, 20)),
     Package("webdataset", (1, 0, 2), (2,)),
     Package("diffusers", (0, 36), remedy="needed for latents and the samplers ddim, ddpm and dpm_solver: pip install 'fasttrain[latents]'"),
+    Package("transformers", (4, 57), remedy="needed to prepare text and for other prompts: pip install 'fasttrain[text]'"),
 )
 
 

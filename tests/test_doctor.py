@@ -47,7 +47,8 @@ def test_operations_are_what_dispatch_chooses():
 
 def test_ranges_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["latents"]]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["latents"], *extras["text"]]
     declared = {requirement.split(";")[0].strip() for requirement in declared}
     for package in PACKAGES:
         assert package.requirement() in declared
