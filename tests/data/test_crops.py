@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fasttrain_kernels.philox import Purpose, philox
 
 from fasttrain.data.config import DataConfig
 from fasttrain.data.crops import Crops, boxes, crops_of
@@ -109,3 +110,11 @@ def test_what_cannot_be_cropped_so_is_refused(sets: dict[str, str], kind: str, s
 def test_a_scale_is_two_shares(scale: tuple[float, ...]):
     with pytest.raises(ValueError, match="crop_scale"):
         DataConfig(train="x", crop_scale=scale)
+
+
+def test_a_box_is_what_the_formula_says():
+    side, top, left = boxes(3, POSITIONS, 300, 200, (0.2, 1.0)).T
+    u0, u1, u2, _ = (integers.numpy() / 2**32 for integers in philox(3, 0, Purpose.CROP, torch.from_numpy(POSITIONS)))
+    np.testing.assert_array_equal(side, np.rint(200 * np.sqrt(0.2 + 0.8 * u0)))
+    np.testing.assert_array_equal(top, np.floor(u1 * (300 - side + 1)))
+    np.testing.assert_array_equal(left, np.floor(u2 * (200 - side + 1)))
