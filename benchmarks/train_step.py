@@ -51,7 +51,7 @@ DIGEST_ARMS = ("ours", "compile + graphs", "compile", "eager", "ours, kernels on
 """In the order in which they are built while there is time."""
 CAPTION_ARMS = ("ours, masked", "ours, packed")
 """The two ways of attention among captions of different lengths; only a model that takes such captions has them."""
-CAPTION_MODELS = {"cuda": ("mmdit-xl/2+captions", 32), "cpu": ("mmdit-s/2+captions", 8)}
+CAPTION_MODELS = {"cuda": ("mmdit-xl/2+captions", 32), "cpu": ("mmdit-tiny+captions", 8)}
 """The model and the batch that they are compared at."""
 SMOKE_GEOMETRY = {"input_size": 8, "channels": 1, "num_classes": 10}
 
