@@ -13,12 +13,10 @@ from fasttrain.data.loader import Loader, held_out_loader, training_loader
 from fasttrain.data.remote.addresses import join, scheme_of, shown
 from fasttrain.data.remote.store import open_files
 from fasttrain.data.shards import ShardSet
-from fasttrain.data.text.table import TEXT_FILE, TextTable
+from fasttrain.data.text.table import OWN_FOLDER, TEXT_FILE, TextTable
 from fasttrain.errors import UserError
 from fasttrain.models import MODELS
 from fasttrain.models.mmdit import MmDiT
-
-OWN_TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _own_text(config: RunConfig) -> str | None:
     train = config.data.train
     if pattern_of(train) is not None:
         return None
-    place = join(train, OWN_TEXT) if scheme_of(train) else f"{train.rstrip('/')}/{OWN_TEXT}"
+    place = join(train, OWN_FOLDER) if scheme_of(train) else f"{train.rstrip('/')}/{OWN_FOLDER}"
     files = open_files(place, config.data, (TEXT_FILE,))
     try:
         files.path(TEXT_FILE)

@@ -26,11 +26,10 @@ from fasttrain.data.prepare.writer import RECEIPTS, TEMPORARY, space_error, writ
 from fasttrain.data.text.captions import DEFAULT_TEMPLATE, distinct
 from fasttrain.data.text.encoder import Encoded, TextEncoder
 from fasttrain.data.text.origin import Captioned, captions_of
-from fasttrain.data.text.table import CAPTIONS_FILE, FIRST_FILE, FORMAT, ROWS_FILE, TEXT_FILE, Part, TextIndex, part_names
+from fasttrain.data.text.table import CAPTIONS_FILE, FIRST_FILE, FORMAT, OWN_FOLDER, ROWS_FILE, TEXT_FILE, Part, TextIndex, part_names
 from fasttrain.errors import UserError
 from fasttrain.files import digest, whole
 
-FOLDER = "text"  # inside a set
 UNCAPTIONED_FILE = "uncaptioned.txt"
 HEAD = 16  # captions that text.json names
 
@@ -266,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
     """Carries out `fasttrain prepare text`."""
     if args.out is None and pattern_of(args.set) is not None:
         raise UserError(f"{args.set}: give --out FOLDER: shards made elsewhere are left as they are")
-    out = args.out or Path(args.set) / FOLDER
+    out = args.out or Path(args.set) / OWN_FOLDER
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = TextEncoder.load(args.encoder, args.encoder_revision, args.max_tokens, device)
     print(prepare_text(args.set, out, encoder, args.template, args.class_names, args.batch, args.part_size).summary(out))

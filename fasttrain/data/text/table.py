@@ -34,6 +34,7 @@ from fasttrain.errors import UserError
 
 FORMAT = 1
 TEXT_FILE, ROWS_FILE, FIRST_FILE, CAPTIONS_FILE = "text.json", "rows.npy", "first.npy", "captions.jsonl"
+OWN_FOLDER = "text"  # inside a set
 DTYPE = np.dtype(np.float16)
 
 
