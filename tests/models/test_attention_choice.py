@@ -28,6 +28,13 @@ def test_what_does_not_run_is_left_out_with_its_reason():
     assert set(timings(["cudnn", "flash_attn_3", "math"], SMALL, CPU)) == {"math"}
 
 
+def test_where_captions_have_padding_that_is_what_is_tried_and_timed():
+    ragged = SMALL._replace(batch=3, ragged=6)
+    assert str(ragged) == "3 x 2 heads x 16 tokens (up to 6 of padding) x 8, float32"
+    assert obstacle("math", ragged, CPU) is None and list(timings(["math"], ragged, CPU)) == ["math"]
+    assert "_flash_attention_forward" in obstacle("flash", ragged, CPU)  # torch's takes sequences by their bounds on GPUs only
+
+
 def test_a_backward_pass_that_fails_is_an_obstacle(monkeypatch):
     class Forward(torch.autograd.Function):
         @staticmethod

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasttrain.models.attention import ragged_attention
-from fasttrain.models.ragged import Masked, Packed, one_after_another, own_last
+from fasttrain.models.ragged import Masked, Packed, by_package, one_after_another, own_last
 
 TEXT, IMAGE = 7, 9
 WAYS = {"masked": ragged_attention("auto", packed=False), "packed": ragged_attention("auto", packed=True)}
@@ -82,6 +82,16 @@ def test_packing_copies_nothing_and_its_sizes_do_not_depend_on_the_lengths():
         out = attend(*inputs, attend.where(length, TEXT, IMAGE))
         assert out.shape == inputs[0].shape
     assert seen[0] == seen[1] == (inputs[0].data_ptr(), torch.Size([3 * 16, 3, 8]), (7,), 16)
+
+
+def test_a_package_gets_the_bounds_of_both_and_its_determinism():
+    def function(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic):
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == 16 and deterministic
+        return one_after_another(q, k, v, cu_seqlens_q, max_seqlen_q), None
+
+    attend, inputs, length = Packed(by_package(function, deterministic=True)), drawn(2), torch.tensor([2, 5])
+    plain, _ = run("packed", inputs, length, torch.ones(2, 3, 16, 8))
+    assert torch.equal(attend(*inputs, attend.where(length, TEXT, IMAGE)), plain)
 
 
 def test_own_tokens_are_moved_behind_the_padding_in_their_order():
