@@ -77,7 +77,7 @@ def _asked(config: RunConfig, index: Index, wishes: Wishes, stored: Prompts | No
         labels=_labels(config, wishes, stored).to(seed.device),
         prompts=None if text is None else text.map(lambda part: part.to(seed.device)),
         captions=captions,
-        pad=lambda own, numbers: padded(own, seed, numbers, config.data.text_padding),
+        pad=lambda own, numbers: padded(own, seed, numbers, config.data.text_padding, config.kernels.of("text_padding")),
         controls=_controls(config, index, wishes.controls or {}, seed.device),
     )
 
