@@ -15,10 +15,13 @@ STEPS = 3
 NETWORKS = {
     "dit": {"name": "dit", "depth": 2, "width": 32, "heads": 2, "patch": 4, "qk_norm": True, "rotary": True},
     "vit": {"name": "vit", "depth": 2, "width": 32, "heads": 2, "patch": 4, "num_timesteps": 1000},
+    "mmdit": {"name": "mmdit", "depth": 1, "width": 32, "heads": 2, "patch": 4, "rotary": True},
 }
 NOISE_AND_LOSS = {"_uniform_kernel", "_noising_kernel", "_block_sums_kernel", "_finish_kernel", "_gradient_kernel"}
 FUSED = {"norm_forward_kernel", "norm_backward_kernel", "_bias_gelu_forward_kernel", "_bias_gelu_backward_kernel"}
 QK_NORM = {"_qk_norm_forward_kernel", "_qk_norm_backward_kernel"}
+JOINT_QK_NORM = {"joint_qk_norm_forward_kernel", "joint_qk_norm_backward_kernel"}
+HEADS = {"dit": QK_NORM, "vit": set(), "mmdit": JOINT_QK_NORM}
 
 
 def settings(run_dir: Path, digits: Path, network: str, kernels: Any) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def test_training_with_the_kernels_equals_training_with_the_references(network: 
     pytest.importorskip("triton")
     [(with_kernels, launched)] = run_ranks(1, interpreted, settings(tmp_path / "triton", digits, network, "triton"), STEPS)
     [with_references] = run_ranks(1, trace, settings(tmp_path / "reference", digits, network, "reference"), STEPS)
-    expected = NOISE_AND_LOSS | FUSED | (QK_NORM if NETWORKS[network].get("qk_norm") else set())
+    expected = NOISE_AND_LOSS | FUSED | HEADS[network]
     assert expected <= launched, expected - launched
     torch.testing.assert_close(with_kernels["losses"], with_references["losses"], rtol=1e-5, atol=0)
     assert sorted(with_kernels["state"]) == sorted(with_references["state"])
