@@ -9,14 +9,14 @@ mmDiTs in pixels with classes; seed, data order, noise and learning rate are the
     schedule    `diffusion.schedule.rescale` 2, equation 3: the noise of 8 pixels at each timestep, as uncertain at 16
 
 All arms train to one number of images, then to the next, twice as large; after each their averaged weights draw samples. The Frechet
-distance is that of raw pixels: it compares means and covariances of images, and is no FID. The thresholds are the distances that the
-network from scratch reached at its last three looks; images in between are interpolated on logarithmic axes.
+distance is that of raw pixels: it compares means and covariances of images, and is no FID. The thresholds are the distances at the last
+two looks of the network from scratch, and of the pre-trained one without corrections; in between looks, axes are logarithmic.
 """
 
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,8 @@ ARMS = {
     "pre-trained, both": Arm(WHOLE, {**POSITIONS, **SCHEDULE}),
     "pre-trained on local crops, both": Arm(LOCAL, {**POSITIONS, **SCHEDULE}),
 }
+
+UNCORRECTED = ("from scratch", "pre-trained")
 
 
 def looks(most: int) -> list[int]:
@@ -162,10 +164,14 @@ class Race:
         return self.lab.folder / f"run {name}".replace(" ", "-").replace(",", "")
 
 
+def thresholds_of(curves: Mapping[str, Curve]) -> list[float]:
+    """The distances to be reached, from the furthest: the last two of both arms without corrections."""
+    return sorted((distance for name in UNCORRECTED for _, distance in curves[name][-2:]), reverse=True)
+
+
 def summary(race: Race) -> dict[str, Any]:
     """The curves, the thresholds, and what each arm needed for them."""
-    scratch = race.curves["from scratch"]
-    thresholds = [distance for _, distance in scratch[-3:]]
+    thresholds = thresholds_of(race.curves)
     arms = {name: {"curve": curve, "needed": [images_to(curve, t) for t in thresholds]} for name, curve in race.curves.items()}
     return {"thresholds": thresholds, "floor": race.floor, "real_images": race.real_images, "arms": arms}
 

