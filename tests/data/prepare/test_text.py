@@ -1,5 +1,6 @@
 """`prepare text`: from captions to a table, through the real command; what is wrong with them is counted and told."""
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image
 from fasttrain.cli import main
 from fasttrain.data.config import DataConfig
 from fasttrain.data.index import read_index
-from fasttrain.data.prepare.text import prepare_text
+from fasttrain.data.prepare.text import _write_array, prepare_text
 from fasttrain.data.shards import ShardSet
 from fasttrain.data.text.encoder import TextEncoder
 from fasttrain.data.text.table import TextTable
@@ -283,3 +284,10 @@ def test_a_full_disk(disk: Callable[[int], Path], prepared_digits: Path, encoder
         ballast.unlink()
         assert prepare_text(str(prepared_digits), out, encoder, "{}", part_size=3).text.captions == 11
         shutil.rmtree(out)
+
+
+def test_a_large_array_on_a_full_disk_tells_why(disk: Callable[[int], Path]):
+    """The command's message hangs on the error's number, which numpy's own writer leaves out."""
+    with pytest.raises(OSError) as told:  # noqa: PT011 (its number is what matters)
+        _write_array(disk(1 << 20) / "large.npy", np.zeros(4 << 20, np.uint8))
+    assert told.value.errno == errno.ENOSPC
