@@ -1,6 +1,7 @@
 """Every config under configs/ is one that a start accepts: it loads, and dry-runs on shards of the kind it names."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 
 from benchmarks.config_mutants import run_configs
 from fasttrain.checkpoint import Manifest
-from fasttrain.cli import main
+from fasttrain.cli import _parse, main
 from fasttrain.config import load_config
 from fasttrain.data.index import read_index
 from fasttrain.engine.deepspeed import read_settings, zero_stage
@@ -138,3 +139,16 @@ def test_the_launch_files_are_what_their_readers_take():
 
     assert fetch_hostfile("configs/launch/hosts") == {"node-0": 8, "node-1": 8}
     subprocess.run(["bash", "-n", "configs/launch/slurm.sh"], check=True)
+
+
+def _typed(config: Path) -> list[list[str]]:
+    """The arguments of every `fasttrain` in a config's head, with continued lines joined and remarks in parentheses behind it left out."""
+    head = "\n".join(line[1:].strip() for line in (ROOT / config).read_text().splitlines() if line.startswith("#"))
+    found = re.findall(r"^(?:deepspeed .*?--module )?fasttrain (.*?)(?:\s{2,}\(.*)?$", head.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(words) for words in found]
+
+
+@pytest.mark.parametrize(("config", "arguments"), [(config, typed) for config in CONFIGS for typed in _typed(config)], ids=str)
+def test_the_commands_in_its_head_are_understood(config: Path, arguments: list[str]):
+    args = _parse(arguments)
+    assert args.command != "train" or args.config == config
