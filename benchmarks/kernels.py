@@ -83,8 +83,8 @@ def points(effort: Effort, device: torch.device) -> Iterator[Point]:
 
 
 def samples(case: Case) -> list[Shape]:
-    """One sample of the first input at each width of `case.real`, with each number of tokens where there are tokens."""
-    widths = [(tokens, *sample[1:]) for tokens in TOKENS for sample in case.real if len(sample) == 2]
+    """One sample of the first input at each width of `case.real`, with each number of tokens where there are an image's tokens."""
+    widths = [(tokens, *sample[1:]) for tokens in TOKENS for sample in case.real if len(sample) == 2 and sample[0] in TOKENS]
     return widths or list(case.real)
 
 

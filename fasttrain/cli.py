@@ -15,14 +15,14 @@ COMMANDS = {
     "train": ("fasttrain.commands.train", "train a run, or continue it"),
     "sample": ("fasttrain.commands.sample", "draw images from a run"),
     "evaluate": ("fasttrain.commands.evaluate", "score a run against real images"),
-    "export": ("fasttrain.commands.export", "write a run's weights as one safetensors file"),
+    "export": ("fasttrain.commands.export", "write a run's weights as a safetensors file or a folder of diffusers"),
     "replay": ("fasttrain.commands.replay", "take one step of a run again, and tell everything about it"),
     "doctor": ("fasttrain.commands.doctor", "tell what this machine has, and what training here will use"),
     "supervise": ("fasttrain.commands.supervise", "run a launcher's command, and start it again when a process, node or link was lost"),
 }
 SOURCES = {
     "digits": ("fasttrain.data.prepare.digits", "scikit-learn's 1,797 handwritten digits"),
-    "images": ("fasttrain.data.prepare.images", "a tree of class folders, or a tar of one"),
+    "images": ("fasttrain.data.prepare.images", "a tree of class folders, a tar of one, or WebDataset shards"),
     "latents": ("fasttrain.data.prepare.latents", "the same, encoded by a VAE"),
     "text": ("fasttrain.data.prepare.text", "the captions of a set, encoded by a text encoder"),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 CONTROLS: dict[str, tuple[str, ...]] = {"size": ("height", "width"), "crop": ("top", "left"), "flip": ("flip",), "aspect": ("aspect",)}
-"""The numbers of each control: pixels of the original image, pixels cut off above and to the left, 0 or 1, and width over height."""
+"""The numbers of each control: pixels of the original image, pixels cut off above and to the left, 0 or 1, 100 log2(width / height)."""
 
 
 def control_columns(controls: Iterable[str]) -> tuple[str, ...]:

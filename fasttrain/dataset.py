@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def _text_place(config: RunConfig, index: Index) -> str | None:
 
 
 def _own_text(config: RunConfig) -> str | None:
-    """The text inside the set, if there is some."""
+    """The text inside the set, if there is some. Raises UserError where its preparation was not finished."""
     train = config.data.train
     if pattern_of(train) is not None:
         return None
@@ -115,6 +116,10 @@ def _own_text(config: RunConfig) -> str | None:
     try:
         files.path(TEXT_FILE)
     except FileNotFoundError:
+        if scheme_of(train) is None and Path(place).is_dir():
+            raise UserError(
+                f"{place}: unfinished text, without {TEXT_FILE}; run its `fasttrain prepare text` again, or remove it"
+            ) from None
         return None
     finally:
         files.close()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.building import nothing
-from fasttrain.cond import CONTROLS, Nothing, Text
+from fasttrain.cond import CONTROLS, Cond, Nothing, Text, concatenated
 from fasttrain.config import RunConfig
 from fasttrain.data.facts import defaults
 from fasttrain.data.index import Index
@@ -101,21 +101,28 @@ def _labels(config: RunConfig, wishes: Wishes, stored: Prompts | None) -> Tensor
 def _prompts(wishes: Wishes, stored: Prompts | None) -> tuple[tuple[str, ...], Text | None]:
     """The captions in words and as text: the run's own without an encoder."""
     if stored is None:
-        if wishes.prompts is not None or wishes.encoder is not None:
-            raise UserError("--prompt, --prompts, --text-encoder: this run's model takes no text")
+        if wishes.prompts is not None or wishes.encoder is not None or wishes.revision is not None:
+            raise UserError("--prompt, --prompts, --text-encoder, --text-encoder-revision: this run's model takes no text")
         return (), None
+    if wishes.encoder is None and wishes.revision is not None:
+        raise UserError("--text-encoder-revision: give --text-encoder too, the hub id that it is a commit of")
+    if wishes.prompts is None and wishes.encoder is not None:
+        raise UserError("--text-encoder: give --prompt or --prompts for it to encode, or leave it out for the run's own captions")
     if wishes.prompts is None:
         return (stored.captions, stored.text) if stored.captions else (("",), stored.empty)
     prompts = tuple(clean(prompt) for prompt in wishes.prompts)
     if wishes.encoder is not None:
         return prompts, encoded(prompts, wishes.encoder, wishes.revision, stored.record)
-    if strangers := [prompt for prompt in prompts if prompt not in stored.captions]:
+    kept = ("", *stored.captions)
+    if strangers := [prompt for prompt in prompts if prompt not in kept]:
         raise UserError(
             f"--prompt {shown(strangers[0])}: the run keeps only {len(stored.captions)} captions of its training set as text, and not "
             f"this one: give --text-encoder, the folder or hub id of {stored.record.id}"
         )
-    rows = torch.tensor([stored.captions.index(prompt) for prompt in prompts])
-    return prompts, stored.text.map(lambda part: part[rows])
+    rows = torch.tensor([kept.index(prompt) for prompt in prompts])
+    every = concatenated([Cond(text=stored.empty), Cond(text=stored.text)]).text
+    assert every is not None
+    return prompts, every.map(lambda part: part[rows])
 
 
 def _controls(config: RunConfig, index: Index, given: Mapping[str, Sequence[float]], device: torch.device) -> Tensor | None:

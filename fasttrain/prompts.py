@@ -47,11 +47,14 @@ class Prompts(NamedTuple):
 
 
 def write_prompts(run_dir: Path, table: TextTable) -> None:
-    """Writes a run's prompts, whole or not at all."""
+    """Writes a run's prompts, whole or not at all. Raises UserError where there is no room."""
     text = table.texts(np.arange(len(table.head) + 1))
     metadata = {"captions": json.dumps(table.head), "record": table.record.model_dump_json()}
-    with whole(run_dir / PROMPTS_FILE) as draft:
-        save_file(dict(zip(_PARTS, (text.tokens, text.length, text.pooled), strict=True)), draft, metadata)
+    try:
+        with whole(run_dir / PROMPTS_FILE) as draft:
+            save_file(dict(zip(_PARTS, (text.tokens, text.length, text.pooled), strict=True)), draft, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{run_dir / PROMPTS_FILE}: cannot be written: {error}; make room and run the same command again") from None
 
 
 def read_prompts(run_dir: Path) -> Prompts:

@@ -83,7 +83,10 @@ def _told(config: RunConfig, index: Index) -> dict[str, Any]:
         return controlled
     shapes = {"text_tokens": text.tokens, "text_width": text.width, "text_pooled": text.pooled}
     _check_told(model, shapes, f"the text of encoder {text.id!r} that belongs to {config.data.train} has")
-    return {**controlled, **shapes, "masked_text": config.data.text_padding.how == "none"}
+    how = config.data.text_padding.how
+    if model.masked_text and how != "none":
+        raise UserError(f"model.masked_text is true, but data.text_padding.how is {how}: set it to none, which masks by itself")
+    return {**controlled, **shapes, "masked_text": how == "none"}
 
 
 def _check_told(model: Transformer, found: dict[str, Any], source: str) -> None:
@@ -104,6 +107,7 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
             "labels": index.labels_xxh3,
             "shards": [shard.xxh3 for shard in index.shards],
             "text": index.text.text_xxh3 if index.text else None,
+            "text_padding": config.data.text_padding.model_dump(mode="json") if index.text else None,
             "facts": index.facts_xxh3 if config.controls else None,
             **config.data.model_dump(include={"held_out", "normalise", "streams", "window_shards", "crop_scale"}, mode="json"),
         },

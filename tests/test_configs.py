@@ -152,3 +152,15 @@ def _typed(config: Path) -> list[list[str]]:
 def test_the_commands_in_its_head_are_understood(config: Path, arguments: list[str]):
     args = _parse(arguments)
     assert args.command != "train" or args.config == config
+
+
+def _rows(config: Path) -> list[list[str]]:
+    """The overrides of every row of a table in a config's head: `#   1.81  + what   key=value 'key={...}'   (remarks)`."""
+    head = re.findall(r"^#   \d+\.\d+  (.*?)(?:\s{2,}\(.*)?$", (ROOT / config).read_text(), re.MULTILINE)
+    return [words for row in head if (words := [word.rstrip(",") for word in shlex.split(row) if re.match(r"[a-z_.]+=", word)])]
+
+
+@pytest.mark.parametrize(("config", "overrides"), [(config, row) for config in CONFIGS for row in _rows(config)], ids=str)
+def test_the_rows_in_its_head_are_accepted(config: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    load_config(config, overrides)

@@ -1,5 +1,6 @@
 """Text and controls through real training: the same draws on any ranks, the same bits after a restart, and what does not fit refused."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_the_data_fill_in_the_model(told: Path, tmp_path: Path):
     assert resolve(unpadded, data.index).model.masked_text
 
 
+def test_attention_cannot_pass_over_padding_that_is_there_to_be_seen(told: Path, tmp_path: Path):
+    made = config(tmp_path / "run", told, model={"masked_text": True})
+    with pytest.raises(UserError, match=r"model.masked_text is true, but data.text_padding.how is replicate: set it to none"):
+        resolve(made, open_data(made).index)
+
+
+def test_text_that_was_not_finished_is_not_taken_for_none(told: Path, tmp_path: Path):
+    shards = Path(shutil.copytree(told, tmp_path / "set"))
+    (shards / "text" / "text.json").unlink()
+    with pytest.raises(UserError, match=r"text: unfinished text, without text.json; run its `fasttrain prepare text` again, or remove it"):
+        open_data(config(tmp_path / "run", shards))
+
+
 def test_classes_may_be_told_instead(told: Path, tmp_path: Path):
     made = config(tmp_path / "run", told, model={"num_classes": 2})
     data = open_data(made)
@@ -106,6 +120,9 @@ def test_what_is_told_makes_it_another_run(told: Path, tmp_path: Path):
     fewer = config(tmp_path / "run", told, model={"controls": {"size": "low"}})
     with pytest.raises(UserError, match="model controls"):
         check_identity(identity(resolve(fewer, index), index), mine, Path("step-1"))
+    padded = config(tmp_path / "run", told, data={"text_padding": {"how": "zero"}})
+    with pytest.raises(UserError, match="data text_padding"):
+        check_identity(identity(resolve(padded, index), index), mine, Path("step-1"))
     cropped = config(tmp_path / "run", told, data={"size": 8, "crop_scale": [0.4, 0.6]})
     uncropped = config(tmp_path / "run", told, data={"size": 8})
     with pytest.raises(UserError, match=r"crop_scale None, this config says crop_scale \[0\.4, 0\.6\]"):

@@ -67,6 +67,14 @@ def test_a_caption_that_the_run_keeps_needs_no_encoder(run, tmp_path):
     second, captions = sampled(run, tmp_path / "second", "--prompt", f" {own[1]}")
     assert captions == [own[1]] * 6
     assert np.array_equal(second[1], by_turns[1]) and not np.array_equal(second[0], by_turns[0])
+    empty, captions = sampled(run, tmp_path / "empty", "--prompt", "")
+    assert captions == [""] * 6 and not np.array_equal(empty, second)
+
+
+def test_a_control_may_be_given_apart_from_another(run, tmp_path):
+    together, _ = sampled(run, tmp_path / "together", "--control", "size=4,4", "flip=1")
+    apart, _ = sampled(run, tmp_path / "apart", "--control", "size=4,4", "--control", "flip=1")
+    assert np.array_equal(together, apart)
 
 
 def test_other_prompts_go_through_the_run_s_encoder(run, tmp_path):
@@ -128,6 +136,10 @@ def test_a_score_keeps_what_was_asked_for(run, tmp_path):
         (("--prompts", "nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
         (("--prompts", "/dev/null"), "--prompts /dev/null: holds no prompt"),
         (("--guidance-interval", "0.9", "0.1"), "the smaller first"),
+        (("--text-encoder", "nowhere"), "--text-encoder: give --prompt or --prompts for it to encode"),
+        (("--text-encoder-revision", "0" * 40), "--text-encoder-revision: give --text-encoder too"),
+        (("--control", "size=4,4", "size=8,8"), "--control 'size': given twice"),
+        (("--sampler", "euler", "name=heun"), "name is given twice"),
     ],
 )
 def test_what_cannot_be_asked_is_named(run, tmp_path, capsys, arguments, told):

@@ -53,9 +53,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> Non
     parser.add_argument(
         "--control",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=NUMBERS",
-        help="what the model is told of an image's making, as in `size=512,512 flip=0`",
+        help="what the model is told of an image's making, as in `size=512,512 crop=0,0 flip=0 aspect=0` (100 log2(width / height))",
     )
     parser.add_argument("--vae", help="hub id or folder that decodes latents (default: the run's data.vae)")
     parser.add_argument(
@@ -88,6 +89,8 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--sampler {name} {shown(pair)}: parameters read key=value, as in `--sampler ddim eta=0.5`")
+        if key in params or (key == "steps" and args.steps is not None):
+            raise UserError(f"--sampler {name} {shown(pair)}: {key} is given twice; give it once")
         params[key] = _value(pair, value)
     if args.steps is not None:
         params["steps"] = args.steps
@@ -118,7 +121,12 @@ def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wish
         UserError: a file that cannot be read or holds nothing, or controls that are no numbers.
     """
     prompts = args.prompt if args.prompts is None else _lines(args.prompts)
-    return Wishes(labels, prompts, args.text_encoder, args.text_encoder_revision, dict(map(_control, args.control)))
+    controls: dict[str, tuple[float, ...]] = {}
+    for name, numbers in map(_control, args.control):
+        if name in controls:
+            raise UserError(f"--control {shown(name)}: given twice; give it once")
+        controls[name] = numbers
+    return Wishes(labels, prompts, args.text_encoder, args.text_encoder_revision, controls)
 
 
 def generate_images(trained: Trained, args: argparse.Namespace, processes: Processes, wishes: Wishes) -> Made:

@@ -16,7 +16,7 @@ from fasttrain.interchange.names import Layout
 from fasttrain.interchange.translation import to_theirs
 from fasttrain.registry import nearest, printable, shown
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS, FACTS = "config.json", "diffusion_pytorch_model.safetensors", "fasttrain.json"
 PIPELINE, SHARDED = "model_index.json", f"{WEIGHTS}.index.json"
 _LARGEST = 1 << 26  # bytes of a JSON file: more is no config
 
@@ -115,12 +115,15 @@ def write_folder(out: Path, facts: Mapping[str, Any], weights: Mapping[str, Tens
     """
     model = facts["model"]
     name, form = form_of(model)
+    if out.is_dir() and any(out.iterdir()) and not (out / FACTS).is_file():
+        raise UserError(f"{out}: holds other files, and is no earlier export; give an empty or a new folder")
     kept = {key: value for key, value in weights.items() if key not in form.computed} | form.added(model)
     tensors, advice = to_theirs(kept, form.layout, model["depth"]), form.advice(model)
     try:
+        (out / CONFIG).unlink(missing_ok=True)  # written last: a folder without it is no model
         with whole(out / WEIGHTS) as draft:
             save_file(tensors, draft, {"format": "pt"})
-        write_whole(out / "fasttrain.json", json.dumps(facts, indent=1) + "\n")
+        write_whole(out / FACTS, json.dumps(facts, indent=1) + "\n")
         write_whole(out / "README.md", _readme(name, facts, advice))
         write_whole(out / CONFIG, json.dumps({"_class_name": name, **form.theirs(model)}, indent=2) + "\n")
     except (OSError, SafetensorError) as error:

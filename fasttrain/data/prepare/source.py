@@ -146,7 +146,7 @@ def _labelled(source: Path, path: Path, found: Iterable[tuple[str, Place]], capt
     seen = sorted(file for file in found if not PurePosixPath(file[0]).name.startswith("."))
     beside = _beside(seen) if captions else {}
     images = [file for file in seen if file[0] not in beside]
-    flat = captions is not None and any("/" not in name for name, _ in images)
+    flat = captions is not None and not any("/" in name for name, _ in images)
     inside = images if flat else [file for file in images if "/" in file[0]]
     if not inside:
         raise UserError(f"{source}: no class folders with files in them; expected {source.name}/<class>/<image>, one folder a class")

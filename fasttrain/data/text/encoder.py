@@ -24,6 +24,9 @@ _WHAT = "a CLIP text encoder with its tokenizer"
 _PROJECTED = {"CLIPModel": True, "CLIPTextModelWithProjection": True, "CLIPTextModel": False}
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _LEAST_TOKENS = 3  # the two marks and a word
+# What computes states beside the parameters, and words whose cutting tells one tokenizer from another of the same vocabulary.
+_COMPUTING = ("hidden_act", "num_attention_heads", "layer_norm_eps", "num_hidden_layers")
+_PROBES = ("a photo of the quickest brown foxes", "seventeen handwritten numerals", "Été à la mer, 3.14")
 
 
 class EncoderRecord(BaseModel):
@@ -137,13 +140,14 @@ def _model(option: str, name: str, commit: str | None) -> Any:
     except ImportError as error:
         raise UserError(f"{option} needs transformers ({error}): pip install 'fasttrain[text]'") from None
     try:
-        named = AutoConfig.from_pretrained(name, **_where(commit)).architectures or ["none"]
+        # Otherwise an unknown kind's own Python files would be offered to be run.
+        named = AutoConfig.from_pretrained(name, trust_remote_code=False, **_where(commit)).architectures or ["none"]
         if named[0] not in _PROJECTED:
             raise UserError(f"{option} {name}: its config names {named[0]}; give {_WHAT} ({', '.join(_PROJECTED)})")
         kind: Any = CLIPTextModelWithProjection if _PROJECTED[named[0]] else CLIPTextModel
         # Safetensors only: the other format is a pickle, which runs code.
         model, found = kind.from_pretrained(name, **_where(commit), use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{option} {name}: not {_WHAT}, in safetensors ({first_line(error)})") from None
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{option} {name}: its weights lack {len(missing)} tensors ({missing[0]} ...); restore the file")
@@ -174,8 +178,15 @@ def _projection(model: Any) -> Any:
 
 
 def _content_digest(model: Any, tokenizer: Any) -> str:
-    """xxh3 of the parameters' names and values and of the vocabulary. Names without a prefix that versions of transformers disagree on."""
+    """xxh3 of all that decides states: parameters, what computes with them, vocabulary, and how the tokenizer cuts words.
+
+    Parameters' names go without a prefix that versions of transformers disagree on.
+    """
     hasher = xxhash.xxh3_128()
+    for key in _COMPUTING:
+        hasher.update(f"{key}\0{getattr(model.config, key)}\n".encode())
+    for words in _PROBES:
+        hasher.update(f"{tokenizer(words).input_ids}\n".encode())
     for name, values in sorted((name.removeprefix("text_model."), values) for name, values in model.named_parameters()):
         hasher.update(f"{name}\0{list(values.shape)}\0".encode())
         hasher.update(values.detach().contiguous().numpy())

@@ -119,3 +119,15 @@ def test_a_compressed_tar_cut_short(tmp_path: Path):
     with pytest.raises(UserError, match=r"photos\.tar\.xz: not a readable compressed tar"), open_source(path, tmp_path / "out"):
         pass
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stray_file_beside_class_folders_takes_no_classes_away(tmp_path: Path):
+    root = write_tree(tmp_path / "photos")
+    (root / "cat" / "1.txt").write_text("a cat")
+    with open_source(root, tmp_path / "out", "txt") as listing:
+        assert listing.classes == ("cat", "dog")
+        assert [(e.name, e.label, e.caption is not None) for e in listing.entries] == [
+            ("cat/1.jpg", 0, True),
+            ("cat/2.jpg", 0, False),
+            ("dog/deep/3.png", 1, False),
+        ]

@@ -140,3 +140,44 @@ def test_without_transformers_the_extra_is_named(encoder_folder: Path, monkeypat
     monkeypatch.setitem(sys.modules, "transformers", None)  # what an absent package looks like to import
     with pytest.raises(UserError, match=r"pip install 'fasttrain\[text\]'"):
         TextEncoder.load(str(encoder_folder))
+
+
+def test_a_folders_own_python_is_never_run(encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers offers to run it, and takes a "y" typed in advance for consent."""
+    strange = tmp_path / "strange"
+    shutil.copytree(encoder_folder, strange)
+    config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "planted.Planted"}, "architectures": ["CLIPTextModel"]}
+    (strange / "config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (strange / "planted.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import CLIPTextConfig\n\n\nclass Planted(CLIPTextConfig):\n    pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(UserError, match="not a CLIP text encoder"):
+        TextEncoder.load(str(strange))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "gelu"), ("num_attention_heads", 1)])
+def test_what_computes_with_the_same_weights_is_another_encoder(
+    key: str, value: object, encoder_folder: Path, encoder: TextEncoder, tmp_path: Path
+):
+    other = tmp_path / "other"
+    shutil.copytree(encoder_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    section = config["text_config"] if key in config.get("text_config", {}) else config
+    assert section[key] != value
+    section[key] = value
+    (other / "config.json").write_text(json.dumps(config))
+    assert TextEncoder.load(str(other)).record.xxh3 != encoder.record.xxh3
+
+
+def test_an_encoder_of_another_size_than_its_weights_is_told(encoder_folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(encoder_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    section = config["text_config"] if "hidden_size" in config.get("text_config", {}) else config
+    section["hidden_size"] = 64
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not a CLIP text encoder"):
+        TextEncoder.load(str(other))
