@@ -20,7 +20,7 @@ from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
 from fasttrain.engine.deepspeed import read_settings, zero_stage
 from fasttrain.engine.optimizer import OptimizerConfig
 from fasttrain.errors import UserError
-from fasttrain.interchange.config import InitFrom
+from fasttrain.init_from import InitFrom
 from fasttrain.models import MODELS, Transformer
 from fasttrain.models.modulated import Modulated
 from fasttrain.models.vit import ViT

@@ -22,7 +22,7 @@ from fasttrain.engine.distributed import Processes
 from fasttrain.engine.fragments import MASTER, Fragment, TrainingState
 from fasttrain.errors import UserError
 from fasttrain.files import write_whole
-from fasttrain.interchange.config import InitFrom
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange.fitting import Fitting, Plan, Row
 from fasttrain.interchange.rules import plan
 from fasttrain.interchange.source import Source, of_data, open_source

@@ -23,7 +23,7 @@ ONLY_IN = {
     "torch.distributed": (("fasttrain/engine/",), False),
     "apex": (("fasttrain/engine/",), True),
     "flash_attn": (("fasttrain/models/",), True),
-    "diffusers": (("fasttrain/data/vae.py", "fasttrain/sampling/diffusers.py", "fasttrain/export.py"), False),
+    "diffusers": (("fasttrain/data/vae.py", "fasttrain/sampling/diffusers.py"), False),
     "torchvision": ((), False),
     "transformers": (("fasttrain/data/text/encoder.py",), True),
 }

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.interchange.config import InitFrom
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange.source import Source
 
 How = Literal["taken", "resized", "copied", "fresh"]

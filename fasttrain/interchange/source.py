@@ -18,8 +18,8 @@ from fasttrain.data.transform import LatentTransform, build_transform
 from fasttrain.engine.fragments import MASTER
 from fasttrain.errors import UserError
 from fasttrain.files import digest
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange import diffusers
-from fasttrain.interchange.config import InitFrom
 from fasttrain.interchange.names import DIFFUSERS_DIT, DIFFUSERS_SD3, DIT, MIN_SNR_VIT
 from fasttrain.interchange.tensors import Tensors, metadata_of, of_files
 from fasttrain.interchange.translation import layout_of, to_ours

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.cond import Cond, Text
-from fasttrain.interchange.config import InitFrom
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange.fitting import Fitting
 from fasttrain.interchange.source import Source
 from fasttrain.interchange.tensors import of_mapping

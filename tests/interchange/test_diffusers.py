@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fasttrain.cond import Cond
 from fasttrain.errors import UserError
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange import diffusers
-from fasttrain.interchange.config import InitFrom
 from fasttrain.interchange.rules import plan
 from fasttrain.interchange.source import open_source
 from tests.interchange.networks import TEXT, batch, begun, config, disturb, fitting, network, spec

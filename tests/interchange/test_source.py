@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fasttrain.errors import UserError
-from fasttrain.interchange.config import InitFrom
+from fasttrain.init_from import InitFrom
 from fasttrain.interchange.names import DIT, MIN_SNR_VIT
 from fasttrain.interchange.rules import plan
 from fasttrain.interchange.source import Source, open_source
