@@ -53,8 +53,8 @@ def _our_dit(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": config["num_attention_heads"],
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "learn_sigma": config["out_channels"] == 2 * channels,
-        "frequency_shift": 1,
         "norm_eps": config["norm_eps"],
+        **DIFFUSERS_DIT.always,
     }
 
 
@@ -136,8 +136,6 @@ def _our_sd3(config: Mapping[str, Any]) -> dict[str, Any]:
     grid, table = config["sample_size"] // config["patch_size"], config["pos_embed_max_size"]
     return {
         "name": "mmdit",
-        "form": "dual",
-        "norm": "layer",
         "input_size": config["sample_size"],
         "channels": config["in_channels"],
         "patch": config["patch_size"],
@@ -145,13 +143,10 @@ def _our_sd3(config: Mapping[str, Any]) -> dict[str, Any]:
         "heads": config["num_attention_heads"],
         "width": config["num_attention_heads"] * config["attention_head_dim"],
         "qk_norm": config["qk_norm"] == "rms_norm",
-        "rotary": False,
-        "controls": {},
         "text_width": config["joint_attention_dim"],
         "text_pooled": config["pooled_projection_dim"],
-        "pooled": None,
-        "masked_text": False,
         "position_table": None if table == grid else table,
+        **DIFFUSERS_SD3.always,
     }
 
 

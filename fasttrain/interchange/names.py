@@ -1,11 +1,12 @@
-"""Where other layouts of checkpoints keep our parameters: tables of names, and nothing else.
+"""Where other layouts of checkpoints keep our parameters, and what each kind says of its model by being of that kind: tables alone.
 
 `{i}` is a block's number. Where ours is one tensor and theirs are several (packed queries, keys and values), theirs lie one after another
 in ours. Where only theirs has a `{i}`, every block of theirs holds a copy.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Layout:
     Attributes:
         name: in words.
         model: the model of ours whose parameters these are.
+        always: fields of that model's config, as every network of this kind has them.
     """
 
     name: str
     model: str
     entries: tuple[Entry, ...]
+    always: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _both(ours: str, *theirs: str) -> Iterator[Entry]:
@@ -41,6 +44,8 @@ def _same(*names: str) -> Iterator[Entry]:
     for name in names:
         yield Entry(name, (name,))
 
+
+_DIT: Mapping[str, Any] = {"conditioning": "adaln", "norm": "layer", "qk_norm": False, "rotary": False, "controls": {}}
 
 DIT = Layout(
     "official DiT (facebookresearch/DiT)",
@@ -58,6 +63,7 @@ DIT = Layout(
         *_both("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
         *_both("final_layer.linear", "final_layer.linear"),
     ),
+    {**_DIT, "frequency_shift": 0, "norm_eps": 1e-6},
 )
 
 MIN_SNR_VIT = Layout(
@@ -74,6 +80,7 @@ MIN_SNR_VIT = Layout(
         *_both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         *_both("linear_projection", "linear_projection"),
     ),
+    {"qk_norm": False, "rotary": False},
 )
 
 DIFFUSERS_DIT = Layout(
@@ -92,6 +99,7 @@ DIFFUSERS_DIT = Layout(
         *_both("final_layer.adaLN_modulation.1", "proj_out_1"),
         *_both("final_layer.linear", "proj_out_2"),
     ),
+    {**_DIT, "frequency_shift": 1},
 )
 
 DIFFUSERS_SD3 = Layout(
@@ -122,4 +130,5 @@ DIFFUSERS_SD3 = Layout(
         *_both("final_layer.adaLN_modulation.1", "norm_out.linear"),
         *_both("final_layer.linear", "proj_out"),
     ),
+    {"form": "dual", "norm": "layer", "rotary": False, "controls": {}, "pooled": None, "masked_text": False},
 )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fasttrain.interchange.fitting import Fitting
+from fasttrain.models.layers import NORM_EPS
 from fasttrain.registry import shown
 
 EXPLAINED = frozenset(
@@ -13,6 +14,9 @@ EXPLAINED = frozenset(
     | {"text_tokens", "text_width", "text_pooled", "checkpoint_blocks"}
 )
 """Fields of a model whose difference changes no computation, or is told by rows of the plan, or by other notes."""
+
+ALWAYS = {"frequency_shift": 0, "norm_eps": NORM_EPS}
+"""What models compute with that have no such field."""
 
 
 def notes(fitting: Fitting) -> Iterator[str]:
@@ -24,43 +28,69 @@ def notes(fitting: Fitting) -> Iterator[str]:
 
 
 def _of_model(fitting: Fitting) -> Iterator[str]:
-    for key in fitting.model:
+    theirs, ours = fitting.source.model, fitting.model
+    for key in ours:
         if key not in EXPLAINED and fitting.differs(key):
-            was, now = shown(fitting.source.model[key]), shown(fitting.model[key])
+            was, now = shown(theirs[key]), shown(ours[key])
             yield f"model.{key} is {was} there and {now} here, so the network computes something else; model.{key}={was} would keep it"
-    if "heads" not in fitting.source.model:
-        yield f"the file does not say its number of heads: that it is {fitting.model['heads']} is this config's word"
+    for key, now in ALWAYS.items():
+        if key not in ours and theirs.get(key, now) != now:
+            told = f"model.{key} is {shown(theirs[key])} there, and {now} in every {ours['name']}"
+            yield f"{told}, so the network computes something else: the weights have to learn it"
+    if "heads" not in theirs:
+        yield f"the file does not say its number of heads: that it is {ours['heads']} is this config's word"
 
 
 def _of_resolution(fitting: Fitting) -> Iterator[str]:
     """Positions keep their limits and noise its effect [Berrada et al. 2024, appendix C and Eq. 3], where the config says so."""
     was, now = fitting.source.model.get("input_size"), fitting.model["input_size"]
-    if not isinstance(was, int) or was in (0, now):
+    if not isinstance(was, int) or was == 0:
         return
     hints = [*_position_hint(fitting, was), *_noise_hint(fitting, now / was)]
-    told = f"the source was trained at {was} x {was}, this run is at {now} x {now}"
-    yield f"{told}: to keep what positions and noise mean, set {' '.join(hints)}" if hints else f"{told}: as this config provides for"
+    told = f"the source was trained at {was} x {was}, this run is at {'the same size' if was == now else f'{now} x {now}'}"
+    if hints:
+        yield f"{told}: to keep what positions and noise mean, set {' '.join(hints)}"
+    elif was != now:
+        yield f"{told}: as this config provides for"
 
 
 def _position_hint(fitting: Fitting, was: int) -> Iterator[str]:
     there, here = fitting.source.model, fitting.model
     grid = there.get("position_base") or was // there.get("patch", here["patch"])
-    if "position_base" in here and here["position_base"] != grid != here["input_size"] // here["patch"]:
+    if "position_base" in here and (here["position_base"] or here["input_size"] // here["patch"]) != grid:
         yield f"model.position_base={grid}"
 
 
 def _noise_hint(fitting: Fitting, ratio: float) -> Iterator[str]:
+    """A discrete schedule's `rescale` and rectified flow's `shift` do the same."""
     schedule, theirs = fitting.diffusion["schedule"], fitting.source.diffusion.get("schedule", {})
+    if ratio == 1 and not theirs:
+        return
     for key in ("rescale", "shift"):
-        if key in schedule and schedule[key] != (wanted := theirs.get(key, 1.0) * ratio):
+        if key in schedule and schedule[key] != (wanted := theirs.get("rescale", theirs.get("shift", 1.0)) * ratio):
             yield f"diffusion.schedule.{key}={wanted:g}"
 
 
 def _of_diffusion(fitting: Fitting) -> Iterator[str]:
+    if not fitting.source.diffusion:
+        yield (
+            "the source does not say its schedule and target: diffusion.schedule and diffusion.prediction must be those of its training, "
+            "or the weights have to learn them"
+        )
     for key in ("prediction", "schedule"):
-        was, now = (diffusion.get(key, {}).get("name") for diffusion in (fitting.source.diffusion, fitting.diffusion))
-        if was is not None and was != now:
-            yield f"diffusion.{key} is {shown(was)} there and {shown(now)} here: the weights have to learn it"
+        was, now = (diffusion.get(key, {}) for diffusion in (fitting.source.diffusion, fitting.diffusion))
+        there, here = was.get("name"), now.get("name")
+        if there is not None and there != here:
+            yield f"diffusion.{key} is {shown(there)} there and {shown(here)} here: the weights have to learn it"
+        yield from _of_noise(was, now) if key == "schedule" else ()
+
+
+def _of_noise(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What decides how much noise a timestep is; `rescale` and `shift` belong to the resolution."""
+    for key in ("num_timesteps", "zero_terminal"):
+        if key in was and key in now and was[key] != now[key]:
+            told = f"diffusion.schedule.{key} is {shown(was[key])} there and {shown(now[key])} here"
+            yield f"{told}, so a timestep is other noise; diffusion.schedule.{key}={shown(was[key])} would keep it"
 
 
 def _of_data(fitting: Fitting) -> Iterator[str]:

@@ -20,7 +20,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import digest
 from fasttrain.init_from import InitFrom
 from fasttrain.interchange import diffusers
-from fasttrain.interchange.names import DIFFUSERS_DIT, DIFFUSERS_SD3, DIT, MIN_SNR_VIT
+from fasttrain.interchange.names import DIFFUSERS_DIT, DIFFUSERS_SD3, DIT, MIN_SNR_VIT, Layout
 from fasttrain.interchange.tensors import Tensors, metadata_of, of_files
 from fasttrain.interchange.translation import layout_of, to_ours
 from fasttrain.models import MODELS
@@ -145,7 +145,7 @@ def _of_file(path: Path, given: InitFrom) -> Source:
         return Source(**known, layout="fasttrain", tensors=tensors, model=model, diffusion=diffusion, data=data)
     layout = layout_of(tensors.shapes, LAYOUTS, str(path))
     ours = to_ours(tensors, layout, str(path))
-    model = _inferred(layout.model, ours)
+    model = {**layout.always, **_inferred(layout, ours)}
     if layout is DIT and "input_size" in model and model["width"] % 4 == 0:
         positions = sincos_positions(model["width"], grid_coordinates(model["input_size"] // model["patch"]))
         _check_positions(ours, "pos_embed", positions[None], str(path))
@@ -215,15 +215,15 @@ def _json(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     return found
 
 
-def _inferred(model: str, tensors: Tensors) -> dict[str, Any]:
-    """What the shapes of a file without a config tell."""
+def _inferred(layout: Layout, tensors: Tensors) -> dict[str, Any]:
+    """What the names and shapes of a file without a config tell."""
     shapes = tensors.shapes
-    known: dict[str, Any] = {"name": model}
+    known: dict[str, Any] = {"name": layout.model, "qk_norm": any(".qk_norm." in name for name in shapes)}
     known["depth"] = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")), default=-1)
     embedding, table = shapes.get("x_embedder.proj.weight", shapes.get("patch_embed.proj.weight")), shapes.get("pos_embed", ())
     if embedding is not None and len(embedding) == 4:
         known.update(width=embedding[0], channels=embedding[1], patch=embedding[2])
-        tokens = table[1] - (1 + ("class_embedding.weight" in shapes) if model == "vit" else 0) if len(table) == 3 else 0
+        tokens = table[1] - (1 + ("class_embedding.weight" in shapes) if layout is MIN_SNR_VIT else 0) if len(table) == 3 else 0
         if tokens > 0:
             known["input_size"] = math.isqrt(tokens) * embedding[2]
     return known

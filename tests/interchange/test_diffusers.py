@@ -117,6 +117,9 @@ def test_a_dit_comes_from_diffusers(tmp_path: Path, their_eps: float):
     as_published = plan(fitting(source, config("dit", learn_sigma=True)))
     assert any("model.frequency_shift is 1 there and 0 here" in note for note in as_published.notes)
     assert any("model.norm_eps" in note for note in as_published.notes) is (their_eps != 1e-6)
+    turned = config("dit", learn_sigma=True, frequency_shift=1, norm_eps=their_eps, qk_norm=True, rotary=True, norm="rms")
+    told = {note.split(" is ")[0] for note in plan(fitting(source, turned)).notes if "there and" in note}
+    assert told == {"model.qk_norm", "model.rotary", "model.norm"}
 
 
 def _one_embedder(theirs: Any) -> None:

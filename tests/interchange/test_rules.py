@@ -9,7 +9,7 @@ from torch import nn
 from fasttrain.cond import Cond
 from fasttrain.errors import UserError
 from fasttrain.interchange.rules import plan
-from tests.interchange.networks import IMAGES, TEXT, batch, begun, config, fitting, network, source_of
+from tests.interchange.networks import DIFFUSION, IMAGES, TEXT, batch, begun, config, fitting, network, source_of
 
 
 def moved(there: Any, here: Any, known: dict[str, Any] | None = None, **asked: Any) -> tuple[nn.Module, nn.Module, Any]:
@@ -92,6 +92,46 @@ def test_hints_of_a_chain_of_resolutions_add_up():
     flow = {"schedule": {"name": "flow", "shift": 1.0}}
     made = plan(fitting(source_of(there, network(there), diffusion=flow), config("dit", input_size=32, position_base=4), diffusion=flow))
     assert made.notes[0].endswith("set diffusion.schedule.shift=2")
+
+
+def test_positions_and_noise_that_mean_others_at_the_same_size_are_told():
+    def told(there: dict[str, Any], here: dict[str, Any], was: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+        known = {"diffusion": {**DIFFUSION, "schedule": was}}
+        source = config("dit", **there)
+        return plan(
+            fitting(source_of(source, network(source), **known), config("dit", **here), diffusion={**DIFFUSION, "schedule": now})
+        ).notes
+
+    cosine, flow = {"name": "cosine", "rescale": 1.0, "num_timesteps": 1000, "zero_terminal": False}, {"name": "flow", "shift": 2.0}
+    noisier = {**cosine, "rescale": 2.0}
+    assert told({"position_base": 4}, {}, cosine, cosine) == told({}, {"position_base": 4}, noisier, noisier) == ()
+    [note] = told({"position_base": 7}, {}, cosine, cosine)
+    assert "8 x 8, this run is at the same size" in note and note.endswith("set model.position_base=7")
+    [note] = told({}, {"position_base": 7}, noisier, cosine)
+    assert note.endswith("set model.position_base=4 diffusion.schedule.rescale=2")
+    assert [note.split(",")[0] for note in told({}, {}, {**cosine, "num_timesteps": 500}, {**cosine, "zero_terminal": True})] == [
+        "diffusion.schedule.num_timesteps is 500 there and 1000 here",
+        "diffusion.schedule.zero_terminal is False there and True here",
+    ]
+    size, names = told({}, {}, flow, {**cosine, "num_timesteps": 500})
+    assert size.endswith("set diffusion.schedule.rescale=2") and "is 'flow' there and 'cosine' here" in names
+    assert told({}, {}, flow, noisier) == (names,), "flow's shift is their rescale"
+
+
+def test_what_a_model_has_no_field_for_is_told():
+    """mmDiT has DiT's own sinusoid and norms, not those of diffusers' copies."""
+    _, _, made = moved(config("dit", conditioning="attention", frequency_shift=1, norm_eps=1e-5), config("mmdit", qk_norm=False))
+    assert [note.split(",")[0] for note in made.notes] == ["model.frequency_shift is 1 there", "model.norm_eps is 1e-05 there"]
+    _, _, made = moved(config("dit", frequency_shift=1, norm_eps=1e-5), config("dit", frequency_shift=1, norm_eps=1e-5))
+    assert not made.notes
+
+
+def test_a_source_that_does_not_say_its_schedule_is_told():
+    _, _, made = moved(config("dit"), config("dit"), known={"diffusion": {}})
+    [note] = made.notes
+    assert "does not say its schedule and target" in note
+    _, _, made = moved(config("dit"), config("dit", input_size=16), known={"diffusion": {}})
+    assert "diffusion.schedule.rescale=2" in made.notes[0] and len(made.notes) == 2
 
 
 def test_a_learned_sigma_comes_and_goes_without_changing_the_prediction():

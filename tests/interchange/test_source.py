@@ -38,7 +38,8 @@ def test_an_official_dit_is_known_by_its_names(tmp_path: Path, dtype: torch.dtyp
     save_file(dict(built.state_dict()), tmp_path / "dit.safetensors")
     source = opened(tmp_path / "dit.safetensors")
     assert source.layout == DIT.name
-    assert source.model == {"name": "dit", "depth": 2, "width": 64, "channels": 4, "patch": 2, "input_size": 8}
+    read = {"name": "dit", "depth": 2, "width": 64, "channels": 4, "patch": 2, "input_size": 8}
+    assert source.model == {**DIT.always, **read} and spec(model).items() >= DIT.always.items()
     made = plan(fitting(source, model))
     assert {row.how for row in made.rows} == {"taken"} and list(made.left_out) == ["pos_embed"]
     assert any("number of heads" in note for note in made.notes)
@@ -57,6 +58,27 @@ def test_a_vit_of_the_papers_code_is_known_by_its_names(tmp_path: Path):
     assert source.layout == MIN_SNR_VIT.name and source.model["input_size"] == 8 and source.model["depth"] == 2
     with torch.no_grad():
         assert torch.equal(begun(plan(fitting(source, model)), model.build())(*batch()), built(*batch()))
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("dit", {"norm": "rms"}),
+        ("dit", {"frequency_shift": 1}),
+        ("dit", {"norm_eps": 1e-5}),
+        ("dit", {"qk_norm": True}),
+        ("dit", {"qk_norm": True, "rotary": True}),
+        ("vit", {"qk_norm": True, "rotary": True}),
+    ],
+)
+def test_what_a_files_kind_says_of_its_model_is_compared(tmp_path: Path, name: str, here: dict[str, Any]):
+    save_file(dict(network(config(name)).state_dict()), tmp_path / "m.safetensors")
+    source = opened(tmp_path / "m.safetensors")
+
+    def told(model: Any) -> set[str]:
+        return {note.split(" is ")[0] for note in plan(fitting(source, model)).notes if note.startswith("model.")}
+
+    assert told(config(name)) == set() and told(config(name, **here)) == {f"model.{key}" for key in here}
 
 
 def test_positions_that_no_model_here_computes_with_are_refused(tmp_path: Path):
