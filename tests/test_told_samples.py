@@ -118,7 +118,7 @@ def test_a_score_keeps_what_was_asked_for(run, tmp_path):
     reference = str(run.parent / "set")
     assert main(["evaluate", str(run), "--reference", reference, "--count", "20", *FAST, *how, "--out", str(out)]) == 0
     protocol = json.loads(out.read_text())["protocol"]
-    assert protocol["sampler"] == {"name": "euler", "steps": 4}
+    assert protocol["sampler"] == {"name": "euler", "steps": 4, "spacing": "trailing"}
     assert protocol["guidance"] == {"scale": 2.0, "controls": 1.5, "interval": [0.1, 0.9], "resolution": 1.0}
     conditions = protocol["conditions"]
     assert (conditions["captions"], conditions["controls"]) == (16, [SIDE, SIDE, 1]) and len(conditions["captions_xxh3"]) == 32

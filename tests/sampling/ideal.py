@@ -15,11 +15,12 @@ TARGET: dict[str, Prediction] = {name: PREDICTIONS.build(name) for name in PREDI
 
 
 class Ideal:
-    """The best possible network for data that is normal with mean CENTRE and deviation SPREAD, in any target."""
+    """The best possible network for data that is normal with mean CENTRE and deviation SPREAD, or another, in any target."""
 
-    def __init__(self, schedule: Schedule, prediction: Prediction):
+    def __init__(self, schedule: Schedule, prediction: Prediction, spread: float = SPREAD):
         self.schedule = schedule
         self.prediction = prediction
+        self.spread = spread
         self.timesteps: list[Tensor] = []
         self.dtypes: set[torch.dtype] = set()
 
@@ -27,7 +28,7 @@ class Ideal:
         self.timesteps.append(t)
         self.dtypes.add(x_t.dtype)
         alpha, sigma = (c[:, None, None, None] for c in self.schedule.alpha_sigma(t))
-        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
+        gain = alpha * self.spread**2 / (alpha**2 * self.spread**2 + sigma**2)
         x0 = CENTRE + gain * (x_t.double() - alpha * CENTRE)
         a, b = self.prediction.coefficients(alpha, sigma)
         return a * x0 + b * (x_t.double() - alpha * x0) / sigma
@@ -53,12 +54,12 @@ def no_more_noise() -> Noise:
     return first
 
 
-def exact_end(schedule: Schedule, steps: int) -> Tensor:
-    """Where the flow of the normal distribution takes the noise from the first of `schedule.spaced(steps)` to the last, denoised there.
+def exact_end(schedule: Schedule, timesteps: Tensor) -> Tensor:
+    """Where the flow of the normal distribution takes the noise from the first of these timesteps to the last, denoised there.
 
     The flow keeps each x at its number of standard deviations; what the last timestep leaves is the schedule's matter, not the sampler's.
     """
-    alpha, sigma = schedule.alpha_sigma(schedule.spaced(steps)[[0, -1]])
+    alpha, sigma = schedule.alpha_sigma(timesteps[[0, -1]])
     spread = torch.hypot(alpha * SPREAD, sigma)
     deviations = (torch.hypot(alpha[0], sigma[0]) * start() - alpha[0] * CENTRE) / spread[0]
     return CENTRE + deviations * alpha[1] * SPREAD**2 / spread[1]

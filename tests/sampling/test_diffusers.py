@@ -1,6 +1,7 @@
 """DDIM, DPM-Solver++ and DDPM, through diffusers, on distributions whose denoiser is known in closed form."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fasttrain.errors import UserError
 from fasttrain.sampling import SAMPLERS, Sampler
 from fasttrain.sampling.diffusers import Ddim, Ddpm, DpmSolver
 from fasttrain.sampling.euler import Euler
+from fasttrain.sampling.spacing import Spaced
 from tests.diffusion.tables import TABLES
 from tests.sampling.ideal import CENTRE, COND, SCHEDULE, SPREAD, TARGET, Ideal, exact_end, no_more_noise, noise
 
@@ -24,8 +26,8 @@ def sampled(sampler: Sampler, schedule: Schedule, target: str) -> Tensor:
     return sampler(Ideal(schedule, TARGET[target]), schedule, TARGET[target], no_more_noise(), COND, torch.float64)
 
 
-def error(sampler: Sampler, schedule: Schedule, target: str) -> float:
-    return (sampled(sampler, schedule, target) - exact_end(schedule, sampler.steps)).abs().max().item()
+def error(sampler: Spaced, schedule: Schedule, target: str) -> float:
+    return (sampled(sampler, schedule, target) - exact_end(schedule, sampler.timesteps(schedule))).abs().max().item()
 
 
 @pytest.mark.parametrize("target", TARGET)
@@ -37,10 +39,18 @@ def test_ddim_without_noise_is_euler(name: str, steps: int, target: str) -> None
 
 
 @pytest.mark.parametrize("target", TARGET)
+def test_dpm_solver_is_of_second_order(target: str) -> None:
+    """Twice the steps, a quarter of the error, in continuous time: a table rounds even steps in log SNR to its timesteps."""
+    errors = [error(DpmSolver(steps), SCHEDULE["flow"], target) for steps in (30, 60, 120)]
+    assert errors[-1] < 1e-3
+    assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
+
+
+@pytest.mark.parametrize("target", TARGET)
 @pytest.mark.parametrize("name", ["cosine", "flow"])
-def test_dpm_solver_is_of_second_order(name: str, target: str) -> None:
-    """Twice the steps, a quarter of the error, but for a logarithm: evenly spaced timesteps are not even in log SNR."""
-    errors = [error(DpmSolver(steps), SCHEDULE[name], target) for steps in (125, 250, 500)]
+def test_dpm_solver_is_of_second_order_on_trailing_timesteps(name: str, target: str) -> None:
+    """But for a logarithm: timesteps that are even in time are not even in log SNR."""
+    errors = [error(DpmSolver(steps, spacing="trailing"), SCHEDULE[name], target) for steps in (125, 250, 500)]
     assert errors[-1] < 2e-4
     assert 3 < errors[0] / errors[1] < 4.5 and 3 < errors[1] / errors[2] < 4.5
 
@@ -49,23 +59,49 @@ def test_dpm_solver_is_of_second_order(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULE)
 def test_dpm_solver_is_nearer_than_ddim_and_its_third_order_than_its_second(name: str, target: str) -> None:
     """On all schedules, also on those whose sigma begins as the root of t, where the last steps in log SNR never grow short."""
-    third, second, first = (error(sampler, SCHEDULE[name], target) for sampler in (DpmSolver(100, order=3), DpmSolver(100), Ddim(100)))
+    samplers = (DpmSolver(100, order=3, spacing="trailing"), DpmSolver(100, spacing="trailing"), Ddim(100))
+    third, second, first = (error(sampler, SCHEDULE[name], target) for sampler in samplers)
     assert 4 * third < second and 4 * second < first
 
 
+def noting(taken: list[int], number: int, update: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same update, which puts its number down."""
+
+    def noted(*given: object, **options: object) -> Tensor:
+        taken.append(number)
+        return update(*given, **options)
+
+    return noted
+
+
+@pytest.mark.parametrize("steps", [14, 15])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_orders_of_dpm_solver_s_first_and_last_steps(order: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its docstring tells them: of what history there is, the last always of first order, the one before it of second below 15."""
+    taken: list[int] = []
+    kind = diffusers.DPMSolverMultistepScheduler
+    updates = ("dpm_solver_first_order_update", "multistep_dpm_solver_second_order_update", "multistep_dpm_solver_third_order_update")
+    for number, name in enumerate(updates, start=1):
+        monkeypatch.setattr(kind, name, noting(taken, number, getattr(kind, name)))
+    sampled(DpmSolver(steps, order=order), SCHEDULE["flow"], "v")
+    before_last = 2 if steps < 15 else order
+    assert taken == [1, 2, *[order] * (steps - 4), before_last, 1]
+
+
 def test_dpm_solver_of_first_order_is_ddim() -> None:
-    made = [sampled(sampler, SCHEDULE["flow"], "v") for sampler in (DpmSolver(40, order=1), Ddim(40))]
+    made = [sampled(sampler, SCHEDULE["flow"], "v") for sampler in (DpmSolver(40, order=1), Ddim(40, spacing="log_snr"))]
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)  # diffusers' float32
 
 
 @pytest.mark.parametrize("sampler", [Ddim(40), Ddim(40, eta=0.5), Ddpm(40), DpmSolver(40), DpmSolver(40, order=3)], ids=str)
 @pytest.mark.parametrize("target", ["x0", "v", "flow"])
 @pytest.mark.parametrize("name", ZERO_TERMINAL)
-def test_zero_terminal_schedules_begin_at_their_last_timestep(name: str, target: str, sampler: Sampler) -> None:
+def test_zero_terminal_schedules_begin_at_their_last_timestep(name: str, target: str, sampler: Spaced) -> None:
     schedule = ZERO_TERMINAL[name]
     model = Ideal(schedule, TARGET[target])
     x0 = sampler(model, schedule, TARGET[target], noise, COND, torch.float64)
-    assert model.timesteps[0][0] == 999 and len(model.timesteps) == 40 and x0.isfinite().all()
+    assert [t[0].item() for t in model.timesteps] == sampler.timesteps(schedule).tolist()
+    assert model.timesteps[0][0] == 999 and 38 <= len(model.timesteps) <= 40 and x0.isfinite().all()
     assert abs(x0.mean().item() - CENTRE) < 0.3 and 0.3 < x0.std().item() < 0.7
 
 
@@ -145,7 +181,7 @@ def test_the_global_generator_is_left_alone_and_steps_are_evaluations(sampler: S
 def test_more_steps_than_timesteps_visits_none_twice() -> None:
     schedule = SCHEDULES.build({"name": "cosine", "num_timesteps": 10})
     model = Ideal(schedule, TARGET["v"])
-    DpmSolver(50)(model, schedule, TARGET["v"], noise, COND, torch.float64)
+    DpmSolver(50, spacing="trailing")(model, schedule, TARGET["v"], noise, COND, torch.float64)
     assert [t[0].item() for t in model.timesteps] == list(range(9, -1, -1))
 
 

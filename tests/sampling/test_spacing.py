@@ -1,0 +1,129 @@
+"""Which timesteps samplers visit, and how much of the data's deviation is left by it."""
+
+import math
+
+import pytest
+import torch
+
+from fasttrain.cond import Cond
+from fasttrain.diffusion.schedule import SCHEDULES, Schedule
+from fasttrain.sampling.euler import Euler
+from fasttrain.sampling.sampler import SAMPLERS
+from fasttrain.sampling.spacing import MOST_NOISE, SPACINGS, Spaced, log_snr
+from tests.diffusion.tables import TABLES
+from tests.sampling.ideal import SCHEDULE, TARGET, Ideal
+
+SPACED = ["euler", "ddim", "ddpm", "dpm_solver"]
+
+
+def edm_sigmas(schedule: Schedule, t: torch.Tensor) -> torch.Tensor:
+    alpha, sigma = schedule.alpha_sigma(t)
+    return sigma / alpha
+
+
+def deviation(sampler: Spaced, schedule: Schedule, spread: float) -> float:
+    """Of the samples that two pixels of noise, one deviation apart, lead to: a sampler of normal data is linear in its noise."""
+    ends = sampler(
+        Ideal(schedule, TARGET["v"], spread),
+        schedule,
+        TARGET["v"],
+        lambda draw: torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(1, 1, 1, 2),
+        Cond(labels=torch.zeros(1, dtype=torch.int64)),
+        torch.float64,
+    ).flatten()
+    return (ends[1] - ends[0]).item()
+
+
+# The table of Spaced's docstring: first order trailing, first log_snr, second trailing, second log_snr; each for deviations 0.5 and 0.1.
+LEFT = {
+    "cosine": (0.969, 0.864, 0.953, 0.951, 1.001, 0.930, 1.002, 1.000),
+    "cosine, rescale 2": (0.946, 0.722, 0.956, 0.948, 0.997, 0.762, 1.002, 0.994),
+    "scaled_linear": (0.940, 0.585, 0.969, 0.930, 0.971, 0.596, 1.001, 0.964),
+    "scaled_linear, rescale 2": (0.850, 0.346, 0.962, 0.835, 0.883, 0.348, 0.995, 0.865),
+    "flow": (0.971, 0.914, 0.944, 0.944, 1.003, 1.001, 1.003, 1.003),
+    "flow, shift 3": (0.943, 0.777, 0.944, 0.944, 1.009, 0.848, 1.003, 1.003),
+}
+
+
+def named(name: str) -> Schedule:
+    base, _, changed = name.partition(", ")
+    key, value = changed.split() if changed else ("num_timesteps", "1000")
+    return SCHEDULES.build({"name": base, key: float(value) if changed else int(value)})
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm_solver"])
+@pytest.mark.parametrize("name", LEFT)
+def test_the_deviation_that_is_left_is_as_told(name: str, sampler: str) -> None:
+    if sampler == "dpm_solver":
+        pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'fasttrain[latents]'")
+    made = [
+        deviation(SAMPLERS.build({"name": sampler, "steps": 50, "spacing": spacing}), named(name), spread) / spread
+        for spacing in ("trailing", "log_snr")
+        for spread in (0.5, 0.1)
+    ]
+    assert made == pytest.approx(LEFT[name][:4] if sampler == "euler" else LEFT[name][4:], abs=6e-4)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear, rescale 2", "cosine, rescale 2"])
+def test_dpm_solver_s_default_keeps_the_deviation_of_noisier_schedules(name: str) -> None:
+    """Twenty steps, its default; trailing timesteps leave three quarters and less of it on the first of these schedules."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'fasttrain[latents]'")
+    assert deviation(SAMPLERS.build("dpm_solver"), named(name), 0.5) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SCHEDULE)
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 400, 5000])
+def test_log_snr_goes_from_the_last_timestep_to_the_least_noise_once_each(name: str, steps: int) -> None:
+    schedule = SCHEDULE[name]
+    t = log_snr(schedule, steps)
+    assert t[0] == schedule.spaced(1)[0] and len(t) <= steps and (t.diff() < 0).all()
+    if steps > 1:
+        assert edm_sigmas(schedule, t[-1:]).item() == pytest.approx(schedule.edm_limits[0])
+
+
+def test_log_snr_is_even_in_continuous_time() -> None:
+    """Equal ratios of sigma / alpha from 80 to 1/1000; only the first is of more noise."""
+    sigmas = edm_sigmas(SCHEDULE["flow"], log_snr(SCHEDULE["flow"], 21))
+    expected = torch.tensor([MOST_NOISE * (1e-3 / MOST_NOISE) ** (i / 20) for i in range(21)], dtype=torch.float64)
+    torch.testing.assert_close(sigmas[1:], expected[1:], rtol=1e-9, atol=0)
+    assert sigmas[0].item() == pytest.approx(1e3)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_log_snr_is_as_even_as_a_table_allows(name: str) -> None:
+    schedule = SCHEDULE[name]
+    least, most = schedule.edm_limits
+    sigmas = edm_sigmas(schedule, log_snr(schedule, 12))
+    wanted = torch.linspace(math.log(min(most, MOST_NOISE)), math.log(least), 12, dtype=torch.float64)
+    assert len(sigmas) == 12 and (sigmas.log() - wanted)[1:].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_log_snr_begins_where_no_data_is_left(name: str) -> None:
+    schedule = SCHEDULES.build({"name": name, "zero_terminal": True})
+    t = log_snr(schedule, 10)
+    assert t[0] == 999 and len(t) == 10
+    x0 = Euler(10, spacing="log_snr")(
+        Ideal(schedule, TARGET["v"]),
+        schedule,
+        TARGET["v"],
+        lambda draw: torch.ones(6, 1, 4, 4).double(),
+        Cond(torch.zeros(6).long()),
+        torch.float64,
+    )
+    assert x0.isfinite().all()
+
+
+def test_more_steps_than_timesteps() -> None:
+    schedule = SCHEDULES.build({"name": "cosine", "num_timesteps": 10})
+    assert log_snr(schedule, 500).tolist() == list(range(9, -1, -1))
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_every_such_sampler_takes_either_spacing_and_tells_the_choices(name: str) -> None:
+    for spacing in SPACINGS:
+        sampler = SAMPLERS.build({"name": name, "steps": 5, "spacing": spacing})
+        assert torch.equal(sampler.timesteps(SCHEDULE["flow"]), SPACINGS[spacing](SCHEDULE["flow"], 5))
+        assert SAMPLERS.build(SAMPLERS.spec(sampler)) == sampler
+    with pytest.raises(ValueError, match="unknown spacing 'log-snr'; did you mean 'log_snr'"):
+        SAMPLERS.build({"name": name, "spacing": "log-snr"})
