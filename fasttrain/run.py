@@ -29,6 +29,7 @@ from fasttrain.errors import UserError
 from fasttrain.files import write_whole
 from fasttrain.models import MODELS, Transformer
 from fasttrain.models.mmdit import MmDiT
+from fasttrain.registry import shown
 from fasttrain.versions import installed
 
 _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset", "safetensors", "flash-attn", "diffusers")
@@ -118,8 +119,8 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
 def check_identity(mine: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
     """Refuses to continue a run with another model, target, schedule, data set or seed."""
     for key in mine:
-        if mine[key] != saved.get(key):
-            was, now = _first_difference(saved.get(key), mine[key])
+        if mine[key] != saved.get(key, _ABSENT):
+            was, now = _first_difference(saved.get(key, _ABSENT), mine[key])
             raise UserError(
                 f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run"
             )
@@ -192,10 +193,23 @@ def _check_vae(config: RunConfig, index: Index) -> None:
         )
 
 
+class _Absent:
+    """What stands where one side has a key and the other has not."""
+
+    def __repr__(self) -> str:
+        return "(not given)"
+
+
+_ABSENT = _Absent()
+
+
 def _first_difference(saved: Any, mine: Any, path: str = "") -> tuple[str, str]:
+    pairs: list[tuple[str, Any, Any]] = []
     if isinstance(saved, dict) and isinstance(mine, dict):
-        for key in {**saved, **mine}:
-            if saved.get(key) != mine.get(key):
-                return _first_difference(saved.get(key), mine.get(key), f"{path}.{key}" if path else f"{key}")
-    shown = [text if len(text) < 80 else text[:77] + "..." for text in (repr(saved), repr(mine))]
-    return f"{path} {shown[0]}".strip(), f"{path} {shown[1]}".strip()
+        pairs = [(f"{path}.{key}" if path else f"{key}", saved.get(key, _ABSENT), mine.get(key, _ABSENT)) for key in {**saved, **mine}]
+    elif isinstance(saved, list) and isinstance(mine, list) and len(saved) == len(mine):
+        pairs = [(f"{path}[{number}]", was, now) for number, (was, now) in enumerate(zip(saved, mine, strict=True))]
+    for inner, was, now in pairs:
+        if was != now:
+            return _first_difference(was, now, inner)
+    return f"{path} {shown(saved)}".strip(), f"{path} {shown(mine)}".strip()

@@ -139,6 +139,27 @@ def test_what_makes_it_another_run_is_refused_by_name(tmp_path, digits, index, s
     assert named in str(error.value) and "choose another run_dir" in str(error.value)
 
 
+def test_what_one_side_lacks_or_differs_in_late_is_named_once(tmp_path, digits, index):
+    """A key that is null here and absent there, as after an update; and lists that begin alike."""
+    mine = identity(resolve(run_config(tmp_path, digits), index), index)
+    assert mine["data"]["text"] is None
+    older = {**mine, "data": {key: value for key, value in mine["data"].items() if key != "text"}}
+    shards = {**mine["data"], "shards": ["a" * 32, "b" * 32, "c" * 32]}
+    for saved, now, named in (
+        (older, mine, "trained with data text (not given), this config says text None:"),
+        (mine, older, "trained with data text None, this config says text (not given):"),
+        ({key: value for key, value in mine.items() if key != "seed"}, mine, "trained with seed (not given), this config says 0:"),
+        (
+            {**mine, "data": {**shards, "shards": ["a" * 32, "b" * 32, "d" * 32]}},
+            {**mine, "data": shards},
+            f"shards[2] '{'d' * 32}', this config says shards[2] '{'c' * 32}'",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            check_identity(now, saved, Path("step-1"))
+        assert named in str(error.value), error.value
+
+
 def test_other_shards_are_another_run(tmp_path, digits, index):
     mine = resolve(run_config(tmp_path, digits), index)
     changed = index.model_copy(update={"labels_xxh3": "0" * 32})
