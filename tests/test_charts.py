@@ -1,0 +1,52 @@
+"""Charts: what lies on an axis, what is drawn, what is left out."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fasttrain.charts import COLOURS, Axis, Heat, Line, Panel, heat_chart, line_chart
+
+
+def _coloured(path, colour):
+    wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    return np.argwhere((np.asarray(Image.open(path)) == wanted).all(-1))
+
+
+def test_a_value_lies_where_the_axis_says():
+    assert Axis(1, 100, True).share(10) == pytest.approx(0.5)
+    assert Axis(0, 4, False).share(1) == pytest.approx(0.25)
+    assert Axis(1, 100, True).share(0) is None and Axis(1, 100, False).share(math.nan) is None
+    assert Axis.over([3.0], True) == Axis(1.5, 6.0, True) and Axis.over([math.inf], False) == Axis(1.0, 10.0, False)
+
+
+@pytest.mark.parametrize("axis", [Axis(0.0013, 7.1, True), Axis(1.1, 1.3, True), Axis(-3, 17, False), Axis(512, 1e6, True)])
+def test_ticks_lie_within_the_axis(axis):
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 14 and all(axis.low <= tick <= axis.high for tick in ticks)
+
+
+def test_a_rising_line_rises_and_a_gap_is_not_bridged(tmp_path):
+    rising = Line("rising", [(1, 1), (10, 10)], band=[(1, 0.5, 2), (10, 5, 20)])
+    line_chart(tmp_path / "chart.png", "t", [Panel("p", [rising], log_x=True, log_y=True)])
+    rows = _coloured(tmp_path / "chart.png", COLOURS[0])
+    rows = rows[rows[:, 0] > 100]  # below the legend
+    left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
+    assert left[0] > right[0] and right[1] - left[1] > 400
+    gap = Line("gap", [(0, 1), (1, 1), (2, math.nan), (3, 1), (4, 1)])
+    line_chart(tmp_path / "gap.png", "t", [Panel("p", [gap])])
+    columns = np.unique(_coloured(tmp_path / "gap.png", COLOURS[0])[:, 1])
+    assert np.diff(columns).max() > 200
+
+
+def test_many_names_and_panels_and_nothing_to_show(tmp_path):
+    lines = [Line(f"a rather long name of a line {i}", [(i, math.inf)]) for i in range(12)]
+    line_chart(tmp_path / "chart.png", "t", [Panel("p", lines, log_y=True)] * 3)
+    assert Image.open(tmp_path / "chart.png").size[0] == 1280
+
+
+def test_heat_is_red_above_zero_blue_below_and_white_without_a_value(tmp_path):
+    heat_chart(tmp_path / "heat.png", "t", [Heat("h", [[1.0, -2.0], [math.nan, 0.0]], ["r1", "r2"], ["c1", "c2"])])
+    # Of the largest absolute value, -2: half a red, a whole blue.
+    assert len(_coloured(tmp_path / "heat.png", "#ff9f9f")) > 500 and len(_coloured(tmp_path / "heat.png", "#4040ff")) > 500
