@@ -4,7 +4,8 @@
                                                 names.json         the shards, where a folder was listed for them
 
 Each shard is taken under a lock that ends with its holder, so a killed process leaves nothing undone and nothing half done: who comes
-next goes on where it stopped. The index is made at first use and is the set from then on: what changes in the shards later is damage.
+next goes on where it stopped. The index is made at first use and is the set from then on: what changes in the shards later is damage,
+and an error of `fasttrain prepare` (see unchanged.py).
 """
 
 import fcntl

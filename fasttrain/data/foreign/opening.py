@@ -58,7 +58,7 @@ class Foreign(NamedTuple):
     @property
     def digests_xxh3(self) -> str:
         """Digest of all images' digests, in their order: which samples these are."""
-        return xxhash.xxh3_128_hexdigest(np.concatenate([part.digests for part in self.parts.values()]).tobytes())
+        return xxhash.xxh3_128_hexdigest(np.concatenate([part.image_digests for part in self.parts.values()]).tobytes())
 
 
 def open_parts(pattern: Pattern, config: DataConfig, alive: Callable[[], None]) -> Foreign:

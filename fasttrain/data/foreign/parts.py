@@ -1,8 +1,8 @@
 """The index of one shard made elsewhere: a file of numpy arrays, made once and kept in the cache folder.
 
-samples   int64 [n, 9]: offset and size of the image, whether it is an array, label, offset and size of the text (bytes), height and width,
-          whether the text is a json
-digests   uint64 [n], xxh3 of each image's bytes
+samples   int64 [n, 11]: offset and size of the image, whether it is an array, label, offset and size of the text (bytes), height and width,
+          whether the text is a json, offset and size of what the label was looked for in
+digests   uint64 [n, 3], xxh3 of each image, label and text
 told      uint8: JSON of what was lost, refused and not used
 """
 
@@ -11,20 +11,21 @@ import json
 import os
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from fasttrain.data.foreign.samples import Found, find_samples
+from fasttrain.data.foreign.samples import Found, Sample, find_samples
 from fasttrain.files import write_whole
 
-_COLUMNS = 9
+_COLUMNS, _DIGESTS = 11, 3
 
 
 class Part(NamedTuple):
-    """One shard: its bytes, its samples [n, 9] and their digests, the lost ones by reason, and what else was met in it."""
+    """One shard: its bytes, its samples [n, 11] and their digests [n, 3], the lost ones by reason, and what else was met in it."""
 
     bytes: int
     samples: np.ndarray
@@ -39,8 +40,18 @@ class Part(NamedTuple):
     def xxh3(self) -> str:
         """Digest of what is used of the shard: images and labels."""
         hasher = xxhash.xxh3_128(np.ascontiguousarray(self.samples[:, 3]).tobytes())
-        hasher.update(self.digests.tobytes())
+        hasher.update(self.image_digests.tobytes())
         return hasher.hexdigest()
+
+    @property
+    def image_digests(self) -> np.ndarray:
+        """uint64 [n]."""
+        return self.digests[:, 0]
+
+    def rows(self) -> Iterator[Sample]:
+        """Its samples by the names of their columns."""
+        for row, digests in zip(self.samples.tolist(), self.digests.tolist(), strict=True):
+            yield Sample(*row, *digests)
 
     def without_unlabelled(self, reason: str) -> "Part":
         """Leaves out the samples that have no label."""
@@ -63,7 +74,7 @@ def _part(size: int, found: Found) -> Part:
     return Part(
         size,
         np.array(rows, np.int64).reshape(-1, _COLUMNS),
-        np.array([sample.digest for sample in found.samples], np.uint64),
+        np.array([sample[_COLUMNS:] for sample in found.samples], np.uint64).reshape(-1, _DIGESTS),
         found.lost,
         found.faults,
         found.refused,
@@ -92,7 +103,8 @@ def read_part(path: Path) -> Part | None:
 
 
 def _checked(samples: np.ndarray, digests: np.ndarray, told: dict[str, Any]) -> Part:
-    if samples.dtype != np.int64 or samples.shape != (len(digests), _COLUMNS) or digests.dtype != np.uint64 or digests.ndim != 1:
+    shapes = [(len(samples), _COLUMNS), (len(samples), _DIGESTS)]
+    if [samples.dtype, digests.dtype] != [np.int64, np.uint64] or [samples.shape, digests.shape] != shapes:
         raise ValueError("not the arrays of a part")
     counts = {name: Counter(told[name]) for name in ("lost", "refused", "unused")}
     return Part(told["bytes"], samples, digests, faults=list(told["faults"]), labelled=bool(told["labelled"]), **counts)

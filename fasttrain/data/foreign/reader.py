@@ -1,4 +1,9 @@
-"""Samples of shards made elsewhere: the bytes that the index names, verified by their digest at each read, and decoded."""
+"""Samples of shards made elsewhere: the bytes that the index names, verified by their digest at each read, and decoded.
+
+Only images are read here, so only images are verified. Labels were read once, into the index, and stay what they were then: none ever
+stands on another image, but a shard that was labelled anew keeps its old labels in training until its index is deleted. What makes
+another set of the shards (`fasttrain prepare`) reads labels and captions again, and refuses changed ones; see `unchanged`.
+"""
 
 import errno
 import os
@@ -13,6 +18,7 @@ from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.data.foreign.decode import decode
 from fasttrain.data.foreign.parts import Part
 from fasttrain.data.foreign.tar import read_at
+from fasttrain.data.foreign.unchanged import size_told
 from fasttrain.data.holding import Holding
 from fasttrain.data.prepare.pixels import Unreadable
 
@@ -62,7 +68,7 @@ class MemberReader:
             size = path.stat().st_size if path.is_file() else None
             if size != part.bytes:
                 outside = np.flatnonzero(part.samples[:, 0] + part.samples[:, 1] > (size or 0))
-                self._damage.found(name, outside.tolist(), len(part.samples), _size_told(size, part.bytes))
+                self._damage.found(name, outside.tolist(), len(part.samples), size_told(size, part.bytes))
 
     def _contents(self, number: int, rows: np.ndarray) -> list[bytes | str]:
         """The bytes of each row's image, or why they are not what was indexed."""
@@ -72,7 +78,7 @@ class MemberReader:
                 path = self._files.path(name)
             except FileNotFoundError:
                 self._check_set_is_there()
-                return [_size_told(None, 0)] * len(rows)
+                return [size_told(None, 0)] * len(rows)
             contents = self._read(path, self._parts[number], rows)
             if not any(isinstance(content, str) for content in contents) or not self._files.renew(name):
                 return contents
@@ -85,8 +91,8 @@ class MemberReader:
             for row in rows.tolist():
                 content = read_at(descriptor, *part.samples[row, :2].tolist())
                 if len(content) < part.samples[row, 1]:
-                    contents.append(_size_told(size, part.bytes))
-                elif self._verify and xxhash.xxh3_64_intdigest(content) != int(part.digests[row]):
+                    contents.append(size_told(size, part.bytes))
+                elif self._verify and xxhash.xxh3_64_intdigest(content) != int(part.image_digests[row]):
                     contents.append("its content is not what was indexed")
                 else:
                     contents.append(content)
@@ -98,9 +104,3 @@ class MemberReader:
         """One shard may be missing; where none is left, a disk is gone, and that may pass."""
         if isinstance(self._files, LocalFiles) and not any((self._files.folder / name).is_file() for name in self._names):
             raise OSError(errno.ESTALE, "the whole set is gone; is its disk still mounted?")
-
-
-def _size_told(size: int | None, wanted: int) -> str:
-    if size is None:
-        return "missing"
-    return f"{'cut short' if size < wanted else 'longer than it was'}: {size} of {wanted} bytes"

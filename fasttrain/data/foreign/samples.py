@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import xxhash
-
 from fasttrain.data.foreign.decode import dimensions
-from fasttrain.data.foreign.tar import Member, Members, read_at
+from fasttrain.data.foreign.tar import Member, Members
+from fasttrain.data.foreign.unchanged import read_image, read_words
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 ARRAY, LABEL, JSON, TEXT = "npy", "cls", "json", "txt"
@@ -32,10 +31,11 @@ class Sample(NamedTuple):
         offset, size: where its image lies, bytes.
         is_array: whether that is an npy array.
         label: its class, NO_LABEL for none.
-        text_offset, text_size: where its txt lies, or else its json, bytes; size 0 where it has neither.
+        text_offset, text_size: where its txt lies, or else its json, bytes; 0 where it has neither.
         height, width: of the upright image, pixels; 0 where its header cannot be read.
         text_is_json: whether that is its json.
-        digest: of the image's bytes.
+        label_offset, label_size: where its cls lies, or else its json, bytes; 0 where it has neither.
+        image_digest, label_digest, text_digest: see `unchanged`; 0 where it has no such member.
     """
 
     offset: int
@@ -47,7 +47,11 @@ class Sample(NamedTuple):
     height: int
     width: int
     text_is_json: bool
-    digest: int
+    label_offset: int
+    label_size: int
+    image_digest: int
+    label_digest: int
+    text_digest: int
 
 
 class Found(NamedTuple):
@@ -125,25 +129,31 @@ def _sample(descriptor: int, fields: dict[str, Member], doubled: bool) -> Sample
     image = next((fields[ending] for ending in (*IMAGES, ARRAY) if ending in fields), None)
     if image is None:
         raise _Faulty("samples without an image")
-    label = _label(descriptor, fields)
-    content = read_at(descriptor, image.offset, image.size)
-    text = fields.get(TEXT) or fields.get(JSON)
-    place = (text.offset, text.size) if text else (0, 0)
+    label, label_place, label_digest = _label(descriptor, fields)
+    content, image_digest = read_image(descriptor, image.offset, image.size)
     is_array = split_key(image.name)[1] == ARRAY
-    own_json = text is not None and TEXT not in fields
     seen = dimensions(content, is_array)
-    return Sample(image.offset, image.size, is_array, label, *place, *seen, own_json, xxhash.xxh3_64_intdigest(content))
+    text = fields.get(TEXT) or fields.get(JSON)
+    own_json = text is not None and TEXT not in fields
+    text_place = (text.offset, text.size) if text else (0, 0)
+    text_digest = read_words(descriptor, *text_place)[1] if text else 0
+    digests = (image_digest, label_digest, text_digest)
+    return Sample(image.offset, image.size, is_array, label, *text_place, *seen, own_json, *label_place, *digests)
 
 
-def _label(descriptor: int, fields: dict[str, Member]) -> int:
+def _label(descriptor: int, fields: dict[str, Member]) -> tuple[int, tuple[int, int], int]:
+    """The label of a group, and where it was looked for: offset and size, and digest. Raises _Faulty."""
     member = fields.get(LABEL) or fields.get(JSON)
     if member is None:
-        return NO_LABEL
+        return NO_LABEL, (0, 0), 0
     if member.size > _MOST_LABEL_BYTES:
         raise _Faulty("labels of more than 1 MiB")
-    content = read_at(descriptor, member.offset, member.size)
-    if LABEL not in fields:
-        return _json_label(content)
+    content, digest = read_words(descriptor, member.offset, member.size)
+    label = _own_label(content) if LABEL in fields else _json_label(content)
+    return label, (member.offset, member.size), digest
+
+
+def _own_label(content: bytes) -> int:
     if not re.fullmatch(rb"\s*[0-9]{1,9}\s*", content):
         raise _Faulty("labels that are no whole number")
     return _in_range(int(content))

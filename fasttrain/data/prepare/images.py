@@ -42,6 +42,8 @@ class ImageMaker:
     def read(self, entry: Entry) -> Read | Unreadable:
         """One file, or why not. A random crop is a function of the file's name, whatever else the source holds."""
         crop = None if self.crop_scale is None else Crop(self.crop_scale, xxhash.xxh3_64_intdigest(entry.name.encode()) >> 1)
+        if entry.label_place:
+            read_place(self.path, entry.label_place)  # a label that has changed since it was listed is told; its value is the listed one
         try:
             caption = self.captions.read(entry) if self.captions else None
             return Read(read_square(read_place(self.path, entry.image), self.size, crop), caption)

@@ -2,11 +2,13 @@
 
 import bz2
 import gzip
+import logging
 import lzma
 import os
 import shutil
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,32 +19,55 @@ import xxhash
 
 from fasttrain.data.config import DataConfig
 from fasttrain.data.files import LocalFiles
-from fasttrain.data.foreign.opening import open_parts
+from fasttrain.data.foreign.opening import Foreign, open_parts
 from fasttrain.data.foreign.pattern import pattern_of
+from fasttrain.data.foreign.samples import Sample
+from fasttrain.data.foreign.unchanged import IndexedShard, What, remedied
 from fasttrain.data.prepare.pixels import Unreadable
 from fasttrain.data.text.captions import KINDS, Kind
 from fasttrain.errors import UserError
 
 _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+_LOG = logging.getLogger(__name__)
+_NAMED = 3
 _CAPTION_ENDINGS = tuple(f".{kind}" for kind in KINDS)
 
 
 class Place(NamedTuple):
-    """Where content lies: file below the source's path ("": the path itself, a tar), first byte (-1: a link or no file), and bytes."""
+    """Where content lies.
+
+    Attributes:
+        file: below the source's path; "": the path itself, a tar.
+        offset: its first byte; -1: a link or no file.
+        size: bytes.
+        digest: of a member of an indexed shard, which must be that when it is read; None: of any other content.
+        what: such a member is.
+    """
 
     file: str
     offset: int
     size: int
+    digest: int | None = None
+    what: What = "image"
 
 
 class Entry(NamedTuple):
-    """One image: its name below the root, its label, where it lies, and where its caption does, if it has one."""
+    """One image.
+
+    Attributes:
+        name: below the root.
+        label: its class.
+        image: where it lies.
+        caption, caption_kind: where its caption does, if it has one.
+        label_place: where its label was read, if that is a file of its own.
+    """
 
     name: str
     label: int
     image: Place
     caption: Place | None = None
     caption_kind: Kind = "txt"
+    label_place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +81,18 @@ class Listing:
 
     @property
     def xxh3(self) -> str:
-        """Digest of the names and sizes: the same for a tree and its tar, wherever they lie."""
+        """Digest of the names and sizes: the same for a tree and its tar, wherever they lie. Of shards also of labels and contents."""
         hasher = xxhash.xxh3_128()
         for entry in self.entries:
             caption = "" if entry.caption is None else f"\0{entry.caption.size}"
-            hasher.update(f"{entry.name}\0{entry.image.size}{caption}\n".encode())
+            hasher.update(f"{entry.name}\0{entry.image.size}{caption}{_indexed(entry)}\n".encode())
         return hasher.hexdigest()
+
+
+def _indexed(entry: Entry) -> str:
+    """What only the index of shards knows of an entry: its label, which is not in its name as a folder's is, and digests."""
+    digests = [entry.image.digest, entry.caption and entry.caption.digest]
+    return "" if entry.image.digest is None else f"\0{entry.label}\0{digests}"
 
 
 def read_place(path: Path, place: Place) -> bytes:
@@ -69,10 +100,14 @@ def read_place(path: Path, place: Place) -> bytes:
 
     Raises:
         Unreadable: a link or special file, without permission, or not of the listed size.
+        Changed: a member of a shard that is not what was indexed.
         OSError: the disk or network failed: that is no property of the file, and must stop the run rather than drop samples.
     """
     if place.offset < 0:
         raise Unreadable("a link or a special file")
+    if place.digest is not None:
+        with IndexedShard(path / place.file, str(path / place.file)) as shard:
+            return shard.read(place.what, place.offset, place.size, place.digest)
     try:
         with (path / place.file if place.file else path).open("rb") as file:
             file.seek(place.offset)
@@ -97,13 +132,18 @@ def open_source(source: Path, out: Path, captions: Kind | None = None) -> Iterat
             lie in no class folder: then the set has no classes. Of WebDataset samples it is their txt, or else their json.
 
     Raises:
-        UserError: nothing there, not a tar, no class folders, no files in them, or no space to unpack.
+        UserError: nothing there, not a tar, no class folders, no files in them, or no space to unpack; inside the context, shards that are
+            not what was indexed.
     """
     fresh = not out.exists()
     scratch = out / f"source.{os.getpid()}.tmp"
     try:
-        shards = bool(set("{*") & set(source.name)) and not source.exists()
-        yield _shards(str(source), captions) if shards else _list(source, scratch, captions)
+        if set("{*") & set(source.name) and not source.exists():
+            found = _found(str(source))
+            with remedied(found.folder):
+                yield _shards(found, captions)
+        else:
+            yield _list(source, scratch, captions)
     finally:
         if out.is_dir():
             scratch.unlink(missing_ok=True)
@@ -111,23 +151,39 @@ def open_source(source: Path, out: Path, captions: Kind | None = None) -> Iterat
                 out.rmdir()
 
 
-def _shards(place: str, captions: Kind | None) -> Listing:
-    """The samples of shards on this machine, as their index has them; they have classes where they have labels."""
+def _found(place: str) -> Foreign:
+    """The shards on this machine that a pattern names."""
     if Path(place).parts[0].endswith(":"):  # a path has taken an address's second slash
         raise UserError(f"{place}: shards to be prepared must be on this machine; copy them first")
     pattern = pattern_of(place)
     assert pattern is not None  # braces or a star
-    found = open_parts(pattern, DataConfig(train=place), lambda: None)
+    return open_parts(pattern, DataConfig(train=place), lambda: None)
+
+
+def _shards(found: Foreign, captions: Kind | None) -> Listing:
+    """The samples of shards, as their index has them; they have classes where they have labels. Raises Changed."""
     assert isinstance(found.files, LocalFiles)
-    entries = (_entry(name, row, captions) for name, part in found.parts.items() for row in part.samples.tolist())
-    return Listing(found.name, found.files.folder, found.classes, tuple(entries))
+    folder = found.files.folder
+    for name, part in found.parts.items():
+        with IndexedShard(folder / name, str(folder / name)) as shard:
+            shard.check_size(part.bytes)
+    entries = (_entry(name, sample, captions) for name, part in found.parts.items() for sample in part.rows())
+    return Listing(found.name, folder, found.classes, tuple(entries))
 
 
-def _entry(shard: str, row: list[int], captions: Kind | None) -> Entry:
-    """A sample as the index of its shard has it, see `foreign.parts`."""
-    offset, size, _, label, text_offset, text_size, _, _, is_json = row
-    text = Place(shard, text_offset, text_size) if captions and text_size else None
-    return Entry(f"{shard}:{offset}", max(label, 0), Place(shard, offset, size), text, "json" if is_json else "txt")
+def _entry(shard: str, sample: Sample, captions: Kind | None) -> Entry:
+    """A sample as the index of its shard has it."""
+    image = Place(shard, sample.offset, sample.size, sample.image_digest)
+    text = Place(shard, sample.text_offset, sample.text_size, sample.text_digest, "caption")
+    label = Place(shard, sample.label_offset, sample.label_size, sample.label_digest, "label")
+    return Entry(
+        f"{shard}:{sample.offset}",
+        max(sample.label, 0),
+        image,
+        text if captions and sample.text_offset else None,
+        "json" if sample.text_is_json else "txt",
+        label if sample.label_offset else None,
+    )
 
 
 def _list(source: Path, scratch: Path, captions: Kind | None) -> Listing:
@@ -181,13 +237,23 @@ def _tree_files(root: Path) -> Iterable[tuple[str, Place]]:
 
 
 def _tar_members(source: Path, path: Path) -> list[tuple[str, Place]]:
-    """Every member that is not a folder, by its name."""
+    """Every member that is not a folder, by its name; of those that have one name the last, as `tar x` leaves it."""
     try:
         with tarfile.open(path, "r:") as tar:
             members = [m for m in tar if not m.isdir()]
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{source}: not a readable tar ({error}); give a folder of class folders or a tar of one") from None
-    return [(str(PurePosixPath(m.name)), Place("", m.offset_data if m.isreg() else -1, m.size)) for m in members]
+    named = [(str(PurePosixPath(m.name)), Place("", m.offset_data if m.isreg() else -1, m.size)) for m in members]
+    _tell_doubled(source, Counter(name for name, _ in named))
+    return list(dict(named).items())
+
+
+def _tell_doubled(source: Path, counts: Counter[str]) -> None:
+    """Says, on rank 0, which names of a tar come more than once."""
+    doubled = [name for name, count in counts.items() if count > 1]
+    if doubled and os.environ.get("RANK", "0") == "0":
+        named = ", ".join(map(repr, doubled[:_NAMED])) + (" ..." if len(doubled) > _NAMED else "")
+        _LOG.warning("%s: %d names come more than once (%s); the last of each is taken, as tar does", source, len(doubled), named)
 
 
 def _without_root(files: list[tuple[str, Place]]) -> list[tuple[str, Place]]:

@@ -1,22 +1,25 @@
 """Where the captions of a set come from: kept when it was prepared, in the shards of others, or made of its classes' names."""
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fasttrain.data.arrays import retried
 from fasttrain.data.columns import read_column
 from fasttrain.data.config import DataConfig
-from fasttrain.data.files import LocalFiles
+from fasttrain.data.files import LocalFiles, ShardFiles
 from fasttrain.data.foreign.opening import Foreign, open_parts
 from fasttrain.data.foreign.parts import Part
 from fasttrain.data.foreign.pattern import pattern_of
-from fasttrain.data.foreign.tar import read_at
+from fasttrain.data.foreign.samples import Sample
+from fasttrain.data.foreign.unchanged import Changed, IndexedShard, remedied
 from fasttrain.data.index import CAPTIONS_FILE, LABELS_FILE, Index, read_index
-from fasttrain.data.text.captions import DEFAULT_TEMPLATE, MOST_BYTES, NoCaption, caption_in, class_names, of_classes
+from fasttrain.data.text.captions import DEFAULT_TEMPLATE, NoCaption, caption_in, class_names, of_classes
 from fasttrain.errors import UserError
 from fasttrain.files import digest
 
@@ -44,16 +47,19 @@ def captions_of(place: str, template: str | None = None, names: Path | None = No
         names: file with the words of each class; without it the folders' names are taken.
 
     Raises:
-        UserError: no such set, no captions and no classes, damaged captions, or a template or names that do not fit.
+        UserError: no such set, no captions and no classes, captions that are damaged or not what was indexed, or a template or names that
+            do not fit.
     """
     pattern = pattern_of(place)
     of_names = template is not None or names is not None
     if pattern is None:
         return _of_prepared(Path(place), of_names, template, names)
-    found = open_parts(pattern, DataConfig(train=place), lambda: None)
-    if of_names:
-        return _of_classes(found.digests_xxh3, found.classes, found.labels, template, names, place)
-    captions = _of_shards(found)
+    config = DataConfig(train=place)
+    found = open_parts(pattern, config, lambda: None)
+    with closing(found.files), remedied(found.folder):
+        if of_names:
+            return _of_classes(found.digests_xxh3, found.classes, found.labels, template, names, place)
+        captions = _of_shards(found, config.retry_seconds)
     if not any(captions):
         raise UserError(f"{place}: not one caption in these shards; give --template (and --class-names) to make them of the classes")
     return Captioned(found.digests_xxh3, captions, "captions of the shards' txt and json members")
@@ -87,29 +93,39 @@ def _of_classes(
     return Captioned(digests_xxh3, [made[label] for label in labels.tolist()], f"{len(classes)} class names in {chosen!r}")
 
 
-def _of_shards(found: Foreign) -> list[str]:
-    """The caption of each sample of shards made elsewhere, read shard after shard."""
+def _of_shards(found: Foreign, retry_seconds: float) -> list[str]:
+    """The caption of each sample of shards made elsewhere, read shard after shard. Raises Changed."""
     captions: list[str] = []
     for name, part in found.parts.items():
-        path = found.files.path(name)
-        captions += _in_shard(path, part)
+        captions += retried(f"{found.files.place}/{name}", retry_seconds, partial(_in_shard, found.files, name, part))
         if not isinstance(found.files, LocalFiles):
             found.files.release(name)
     return captions
 
 
-def _in_shard(path: Path, part: Part) -> list[str]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return [_caption_at(descriptor, row) for row in part.samples.tolist()]
-    finally:
-        os.close(descriptor)
+def _in_shard(files: ShardFiles, name: str, part: Part) -> list[str]:
+    """The captions of a shard. A copy in a cache that is not what was indexed is fetched anew; raises Changed where that is no other."""
+    told = f"{files.place}/{name}"
+    while True:
+        try:
+            path = files.path(name)
+        except FileNotFoundError:
+            raise Changed(f"{told}: missing") from None
+        try:
+            with IndexedShard(path, told) as shard:
+                shard.check_size(part.bytes)
+                return [_caption_of(shard, sample) for sample in part.rows()]
+        except Changed:
+            if not files.renew(name):
+                raise
 
 
-def _caption_at(descriptor: int, row: list[int]) -> str:
-    """The caption of a sample as the index of its shard has it, see `foreign.parts`; "" where there is none."""
-    offset, size, is_json = row[4], row[5], row[8]
+def _caption_of(shard: IndexedShard, sample: Sample) -> str:
+    """The caption of a sample; "" where there is none."""
+    if not sample.text_offset:
+        return ""
+    content = shard.read("caption", sample.text_offset, sample.text_size, sample.text_digest)
     try:
-        return caption_in(read_at(descriptor, offset, min(size, MOST_BYTES + 1)), "json" if is_json else "txt")
+        return caption_in(content, "json" if sample.text_is_json else "txt")
     except NoCaption:
         return ""

@@ -2,15 +2,19 @@
 
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 import xxhash
 
+from fasttrain.data.prepare.captions import Wanted
+from fasttrain.data.prepare.images import prepare_images
 from fasttrain.data.prepare.pixels import Unreadable
 from fasttrain.data.prepare.source import open_source, read_place
 from fasttrain.errors import UserError
+from tests.labelled_images import SIDE, encoded
 
 FILES = {"cat/2.jpg": b"two", "cat/1.jpg": b"one", "dog/deep/3.png": b"three", "README": b"no sample", "dog/.DS_Store": b"hidden"}
 
@@ -82,6 +86,36 @@ def test_a_file_that_shrank_is_unreadable(tmp_path: Path):
         (tree / "cat/1.jpg").write_bytes(b"o")
         with pytest.raises(Unreadable, match="1 of its 3 bytes"):
             read_place(listing.path, listing.entries[0].image)
+
+
+def write_doubled(path: Path) -> Path:
+    """Each name twice, as `tar --append` leaves it, and once more in another spelling."""
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(["cat/1.png", "cat/1.txt", "dog/2.png", "cat/1.png", "cat/1.txt", "./dog/2.png"]):
+            content = encoded(number, "png") if name.endswith("png") else b"words %d" % number
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_of_members_with_one_name_the_last_is_taken_as_tar_does(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = write_doubled(tmp_path / "twice.tar")
+    with open_source(source, tmp_path / "out", "txt") as listing:
+        assert [(entry.name, entry.label) for entry in listing.entries] == [("cat/1.png", 0), ("dog/2.png", 1)]
+        assert [read_place(listing.path, entry.image) for entry in listing.entries] == [encoded(3, "png"), encoded(5, "png")]
+        assert listing.entries[0].caption and read_place(listing.path, listing.entries[0].caption) == b"words 4"
+        found = listing.xxh3
+    told = "twice.tar: 3 names come more than once ('cat/1.png', 'cat/1.txt', 'dog/2.png'); the last of each is taken, as tar does"
+    assert [told in line for line in caplog.messages] == [True]
+    subprocess.run(["tar", "xf", source, "--one-top-level=tree"], cwd=tmp_path, check=True)
+    with open_source(tmp_path / "tree", tmp_path / "out", "txt") as tree:
+        assert tree.xxh3 == found
+    prepared = [tmp_path / name for name in ("of-tar", "of-tree")]
+    for place, out in zip((source, tmp_path / "tree"), prepared, strict=True):
+        assert prepare_images(place, out, SIDE, wanted=Wanted("txt")).uncaptioned == 1
+    kept = ("shard-00000.tar", "captions.jsonl", "uncaptioned.jsonl", "labels.npy")
+    assert all((prepared[0] / name).read_bytes() == (prepared[1] / name).read_bytes() for name in kept)
 
 
 def test_a_missing_source(tmp_path: Path):
