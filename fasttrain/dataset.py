@@ -48,7 +48,7 @@ class RunData:
 
     def held_out_loader(self, config: RunConfig, seed: Tensor) -> Loader:
         """The held-out ones; see `loader.held_out_loader`."""
-        return held_out_loader(config.data, self.shards, seed, config.controls, self.text)
+        return held_out_loader(config.data, self.shards, seed, config.kernels, config.controls, self.text)
 
     def describe_text(self) -> str | None:
         """A line for people on the text that is read."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fasttrain_kernels.dispatch import Kernels
 
 from fasttrain.config import RunConfig, parse_config
 from fasttrain.data.loader import Batch
@@ -90,3 +91,11 @@ def test_crops_of_shards_made_elsewhere_are_refused(tmp_path: Path):
     made = config(tmp_path / "run", tmp_path / "a.tar", size=SIDE, crop_scale=[0.4, 0.6])
     with pytest.raises(UserError, match=r"data\.crop_scale: .*a\.tar is made elsewhere; make shards of it with `fasttrain prepare images`"):
         resolve(made, open_data(made).index)
+
+
+def test_the_held_out_loader_pads_captions_with_the_run_s_kernels(told: Path, tmp_path: Path):
+    made = config(tmp_path, told, held_out=20).model_copy(update={"kernels": Kernels("auto", {"text_padding": "reference"})})
+    data = open_data(made)
+    with data.held_out_loader(resolve(made, data.index), torch.tensor(3)) as loader:
+        assert loader.conditions.captions is not None and loader.conditions.captions.impl == "reference"
+    data.close()

@@ -13,7 +13,7 @@ from fasttrain_kernels.uniform import uniform
 from torch import Tensor
 
 from fasttrain.cond import Cond, Text
-from fasttrain.data.facts import Seen, control_numbers, needed, require_recorded
+from fasttrain.data.facts import Seen, control_numbers, impossible, needed, require_recorded
 from fasttrain.data.shards import ShardSet
 from fasttrain.data.text.padding import TextPadding, padded
 from fasttrain.data.text.table import TextTable
@@ -59,7 +59,7 @@ class Controls:
         self.controls = tuple(controls)
         require_recorded(self.controls, shards.index, shards.files.place)
         self._facts = shards.facts(needed(self.controls))
-        self._pixels, self._size, self._place = shards.index.pixels, size, shards.files.place
+        self._pixels, self._size, self._place, self._samples = shards.index.pixels, size, shards.files.place, len(shards)
         self._flip, self._seed, self._impl = flip, seed, impl
 
     def gather(self, ids: np.ndarray, box: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -68,17 +68,29 @@ class Controls:
         Args:
             ids: int64 [n].
             box: what the model sees of the stored squares, int64 [n, 3]: side, top and left; None: all.
+
+        Raises:
+            UserError: a control is made of a fact that is not known of one of the samples, or cannot be.
         """
         facts = {name: column[ids].astype(np.float64) for name, column in self._facts.items()}
+        self._require_possible(ids, facts)
         box = np.array([[self._pixels, 0, 0]]).repeat(len(ids), 0) if box is None else box
         views = (False, True) if self._flip else (False,)
         seen = [Seen(facts, self._pixels, self._size, box, mirrored) for mirrored in views]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            numbers = np.stack([control_numbers(self.controls, each) for each in seen], axis=1)
-        if not np.isfinite(numbers).all():
-            told = f"the facts of sample {ids[~np.isfinite(numbers).all((1, 2))][0]} are not those of an image"
-            raise UserError(f"{self._place}: {told}; prepare the set again, or leave model.controls out")
-        return {"controls": numbers}
+        return {"controls": np.stack([control_numbers(self.controls, each) for each in seen], axis=1)}
+
+    def _require_possible(self, ids: np.ndarray, facts: Mapping[str, np.ndarray]) -> None:
+        """Looks at the samples that are used, since an image that cannot be read at all has a substitute; counts those of the set."""
+        wrong = impossible(facts)
+        if not wrong.any():
+            return
+        found = ", ".join(f"{name} {values[wrong][0]:g}" for name, values in facts.items())
+        made = [control for control in self.controls if impossible({name: facts[name] for name in needed([control])}).any()]
+        raise UserError(
+            f"{self._place}: what is recorded of sample {ids[wrong][0]} is not that of an image ({found}), and so with "
+            f"{impossible(self._facts).sum():,} of {self._samples:,} samples; model.controls {', '.join(made)} need it: leave them out, "
+            "or prepare the set anew with `fasttrain prepare images` or `latents`"
+        )
 
     def finish(self, arrays: Mapping[str, Tensor], position: Tensor) -> Tensor:
         """fp32 [B, K], of the view that the flip draws: the same draw as the image's."""

@@ -23,6 +23,8 @@ from fasttrain.errors import UserError
 
 RECORDED = ("height", "width", "top", "left", "share")
 ASPECT_UNIT = 100.0
+# Facts in which an image may lie, the ends included: no side is empty, and no crop larger than what it is cut from.
+_POSSIBLE = {"height": (1, 2**31), "width": (1, 2**31), "top": (0, 2**31), "left": (0, 2**31), "share": (1e-9, 1)}
 _NEEDED = {"size": ("height", "width"), "crop": RECORDED, "flip": (), "aspect": ("height", "width")}
 
 
@@ -57,6 +59,12 @@ def require_recorded(controls: Iterable[str], index: Index, place: str) -> None:
 def needed(controls: Iterable[str]) -> tuple[str, ...]:
     """The recorded facts that these controls are made of."""
     return tuple(dict.fromkeys(name for control in controls for name in _NEEDED[control]))
+
+
+def impossible(facts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which samples have facts that no image has: bool [n]. 0 stands for what is not known of an image."""
+    # Comparisons with NaN are false.
+    return ~np.logical_and.reduce([(values >= _POSSIBLE[name][0]) & (values <= _POSSIBLE[name][1]) for name, values in facts.items()])
 
 
 def control_numbers(controls: Iterable[str], seen: Seen) -> np.ndarray:

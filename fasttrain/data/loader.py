@@ -210,7 +210,12 @@ def training_loader(
 
 
 def held_out_loader(
-    config: DataConfig, shards: ShardSet, seed: Tensor, controls: Iterable[str] = (), text: TextTable | None = None
+    config: DataConfig,
+    shards: ShardSet,
+    seed: Tensor,
+    kernels: Kernels | None = None,
+    controls: Iterable[str] = (),
+    text: TextTable | None = None,
 ) -> Loader:
     """The loader of the held-out samples, never mirrored: position n is the n-th of them, over and over. Arguments as `training_loader`.
 
@@ -219,7 +224,8 @@ def held_out_loader(
     """
     if not 0 < config.held_out <= len(shards):
         raise UserError(f"data.held_out: {config.held_out} of the {len(shards)} samples in {config.train}; give 1 or more, and leave some")
-    return _loader(config, shards, HeldOut(len(shards), config.held_out, int(seed)), False, seed, Kernels(), controls, text)
+    order = HeldOut(len(shards), config.held_out, int(seed))
+    return _loader(config, shards, order, False, seed, kernels or Kernels(), controls, text)
 
 
 def _loader(

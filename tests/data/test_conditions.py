@@ -2,12 +2,13 @@
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fasttrain_kernels.dispatch import Kernels
 from fasttrain_kernels.philox import Purpose
 from fasttrain_kernels.uniform import uniform
 
@@ -41,7 +42,7 @@ def _open(folder: Path, controls: Sequence[str] = ALL, **settings: object) -> Lo
 def _held_out(folder: Path, count: int) -> Loader:
     config = DataConfig(train=str(folder), held_out=count, flip=True)
     shards = ShardSet.open(folder, config)
-    return held_out_loader(config, shards, SEED, ALL, TextTable.open(f"{folder}/text", shards.index, config))
+    return held_out_loader(config, shards, SEED, None, ALL, TextTable.open(f"{folder}/text", shards.index, config))
 
 
 def _trace(loader: Loader, batches: int, *where: int) -> list[Batch]:
@@ -164,11 +165,40 @@ def test_crops_in_training_are_what_the_controls_tell(told: Path):
     np.testing.assert_array_equal(batch.cond.controls, expected)
 
 
-def test_facts_that_no_image_has_are_refused(told: Path):
-    loader = _open(told)
-    loader.conditions.controls._facts["height"][:] = 0
-    with pytest.raises(UserError, match="are not those of an image"):
+WRONG = [("height", 0), ("width", 0), ("height", np.nan), ("width", -3), ("top", -1), ("left", np.inf), ("share", 0), ("share", 1.5)]
+
+
+@pytest.mark.parametrize("control", ALL)
+@pytest.mark.parametrize(("fact", "value"), WRONG)
+def test_facts_that_no_image_has_are_refused_by_each_control_that_is_made_of_them(told: Path, control: str, fact: str, value: float):
+    """0, as of an image whose size is not known, is as wrong for `size` as for the logarithm of `aspect`."""
+    loader = _open(told, (control,))
+    facts = loader.conditions.controls._facts
+    if fact not in facts:
+        assert control == "flip" or (control != "crop" and fact in ("top", "left", "share"))
         _trace(loader, 1, 0, 8)
+        return
+    facts[fact][[5, 7, 11]] = value
+    shown = rf"is not that of an image \(.*{fact} {value:g}.*\), and so with 3 of {SAMPLES} samples; model\.controls {control} need it"
+    with pytest.raises(UserError, match=rf"sample (5|7|11) {shown}: leave them out, or prepare the set anew"):
+        _trace(loader, 1, 0, SAMPLES)
+
+
+def test_only_the_controls_that_are_wrong_are_named_and_only_for_samples_that_are_used(told: Path):
+    loader = _open(told)
+    loader.conditions.controls._facts["share"][SAMPLES - 1] = 0
+    loader.conditions.controls.gather(np.arange(SAMPLES - 1), None)
+    with pytest.raises(UserError, match=rf"of sample {SAMPLES - 1} .* 1 of {SAMPLES} samples; model\.controls crop need it"):
+        loader.conditions.controls.gather(np.array([SAMPLES - 1]), None)
+
+
+@pytest.mark.parametrize("make", [training_loader, held_out_loader])
+def test_the_run_s_choice_of_kernels_pads_the_captions_of_both_loaders(told: Path, make: Callable[..., Loader]):
+    config = DataConfig(train=str(told), held_out=20)
+    shards = ShardSet.open(told, config)
+    kernels = Kernels("reference", {"text_padding": "triton"})
+    with make(config, shards, SEED, kernels, ALL, TextTable.open(f"{told}/text", shards.index, config)) as loader:
+        assert (loader.conditions.captions.impl, loader.conditions.controls._impl) == ("triton", "reference")
 
 
 @pytest.mark.gpu

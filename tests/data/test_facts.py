@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fasttrain.data.facts import RECORDED, Seen, control_numbers, defaults, needed, require_recorded
+from fasttrain.data.facts import RECORDED, Seen, control_numbers, defaults, impossible, needed, require_recorded
 from fasttrain.data.index import Index
 from fasttrain.errors import UserError
 
@@ -73,3 +73,10 @@ def test_a_control_that_the_set_cannot_give_is_named(control: str, missing: str)
 
 def test_samples_are_told_of_a_whole_square_of_the_training_size():
     assert defaults(_index()) == {"size": (512, 512), "crop": (0, 0), "flip": (0,), "aspect": (0,)}
+
+
+def test_what_no_image_can_be_is_told_by_sample():
+    rows = [(1, 1, 0, 0, 1), (0, 5, 0, 0, 1), (5, 0, 0, 0, 1), (5, 5, -1, 0, 1), (5, 5, 0, -1, 1), (5, 5, 0, 0, 0), (5, 5, 0, 0, 1.01)]
+    rows += [(np.nan, 5, 0, 0, 1), (5, np.inf, 0, 0, 1), (5, 5, np.inf, 0, 1), (5, 5, 0, 0, np.nan), LANDSCAPE, UPRIGHT]
+    assert impossible(seen(*rows).facts).tolist() == [False, *[True] * 10, False, False]
+    assert not np.any(impossible({}))
