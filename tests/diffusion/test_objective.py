@@ -20,7 +20,7 @@ from fasttrain.diffusion.schedule import SCHEDULES
 from fasttrain.diffusion.timesteps import TIMESTEPS
 from fasttrain.diffusion.weighting import WEIGHTINGS
 from fasttrain.errors import UserError
-from tests.diffusion.tables import TABLES
+from tests.diffusion.tables import DRAWS, TABLES
 
 SEED = torch.tensor(99)
 NULL = 10
@@ -30,7 +30,7 @@ def build(
     schedule: str | dict = "cosine",
     prediction: str = "x0",
     weighting: str = "min_snr",
-    timesteps: str = "uniform",
+    timesteps: str | dict = "uniform",
     *,
     label_drop: float = 0.0,
     null_label: int | None = NULL,
@@ -85,10 +85,14 @@ def in_plain_torch(prediction: str, weighting: str, weight: Tensor) -> tuple[Ten
     x_t = alpha * x0 + sigma * eps
     snr = (alpha / sigma) ** 2
     w = {"const": snr**0, "snr": snr, "max_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=5), "soft_min_snr": 5 * snr / (5 + snr)}
-    w["flow"] = ((alpha + sigma) / sigma) ** 2
-    target = {"x0": x0.double(), "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
-    divisor = {"x0": snr**0, "eps": snr, "v": snr + 1, "flow": ((alpha + sigma) / sigma) ** 2}[prediction]
-    error = (weight.double() * x_t - target) ** 2
+    w |= {"flow": ((alpha + sigma) / sigma) ** 2, "p2": snr / (1 + snr), "edm": snr + 4}
+    s = sigma / alpha  # EDM's, of data of deviation 1/2
+    skip, out, scale = 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25) ** 0.5, (s**2 + 0.25) ** -0.5
+    edm = (x0 - skip * (x0 + s * eps)) / out
+    target = {"x0": x0.double(), "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0, "edm": edm}[prediction]
+    divisor = {"x0": snr**0, "eps": snr, "v": snr + 1, "flow": ((alpha + sigma) / sigma) ** 2, "edm": snr + 4}[prediction]
+    given = scale * x_t / alpha if prediction == "edm" else x_t
+    error = (weight.double() * given - target) ** 2
     return (w[weighting] / divisor * error).mean(), error.mean(dim=(1, 2, 3))
 
 
@@ -107,8 +111,8 @@ def test_objective_equals_plain_torch(prediction: str, weighting: str) -> None:
     torch.testing.assert_close(model.weight.grad, plain.grad, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("timesteps", TIMESTEPS.names())
-def test_positions_decide_all_draws_whatever_the_batches(timesteps: str) -> None:
+@pytest.mark.parametrize("timesteps", DRAWS.values(), ids=DRAWS)
+def test_positions_decide_all_draws_whatever_the_batches(timesteps: dict) -> None:
     objective, whole, halves = build(timesteps=timesteps, label_drop=0.3), Recorder(), Recorder()
     data = batch()
     together = objective(whole, *data)
@@ -144,9 +148,9 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 
 
 @needs_triton
-@pytest.mark.parametrize("timesteps", TIMESTEPS.names())
+@pytest.mark.parametrize("timesteps", DRAWS.values(), ids=DRAWS)
 @pytest.mark.parametrize("latents", [False, True])
-def test_the_kernels_give_the_references_loss(latents: bool, timesteps: str) -> None:
+def test_the_kernels_give_the_references_loss(latents: bool, timesteps: dict) -> None:
     from tests.kernels.interpreter import interpreting
 
     x0, cond, position = batch(5)
@@ -179,12 +183,15 @@ class LaunchCount(TorchDispatchMode):
 
 @needs_triton
 def test_a_micro_batch_takes_few_launches() -> None:
-    """With plain torch's Philox alone it would be more than a thousand."""
-    from tests.kernels.interpreter import recording
+    """With plain torch's Philox alone it would be more than a thousand.
+
+    Kernels run, in the interpreter: of timesteps that none has written, the schedule's table would be asked for any place.
+    """
+    from tests.kernels.interpreter import interpreting
 
     objective = build("cosine", "v", timesteps="stratified", label_drop=0.1, ranges=10, kernels=Kernels("triton"))
     _, cond, position = batch()
-    with recording() as launches:
+    with interpreting() as launches:
         objective(Recorder(), posterior(), cond, position)  # the schedule's table is made
         launches.clear()
         with LaunchCount() as torchs:
@@ -241,7 +248,10 @@ def test_eps_with_zero_terminal_snr_is_refused_by_name(schedule: str, weighting:
         build({"name": schedule, "zero_terminal": True}, "eps", weighting)
 
 
-UNBOUNDED = {("x0", "snr"), ("x0", "max_snr"), ("x0", "flow"), ("eps", "const"), ("eps", "max_snr"), ("eps", "flow")}
+UNBOUNDED = {
+    *(("x0", name) for name in ("snr", "max_snr", "flow", "edm")),
+    *(("eps", name) for name in ("const", "max_snr", "flow", "edm")),
+}
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS.names())

@@ -97,7 +97,10 @@ def _patched_interpreter() -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Kernel launches are listed and not run: what they would have written is undefined."""
+    """Kernel launches are listed and not run: what they would have written is whatever their memory held before.
+
+    Not for what uses it as an index, which then fails by chance.
+    """
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **settings: Any) -> None:
