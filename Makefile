@@ -21,12 +21,12 @@ help:  ## this list
 demo: $(INSTALLED)  ## digits -> shards -> a trained transformer -> a score and a picture, in minutes on a laptop
 	$(FASTTRAIN) prepare digits $(DEMO)/digits
 	$(FASTTRAIN) train configs/quickstart.yaml run_dir=$(DEMO)/run data.train=$(DEMO)/digits
-	$(SCORE) --weights untrained --out $(DEMO)/untrained.json
-	$(SCORE) --weights ema --out $(DEMO)/trained.json
+	$(SCORE) --weights untrained ema --out $(DEMO)/scores
 	$(FASTTRAIN) sample $(DEMO)/run --out $(DEMO)/samples --steps 18 --guidance 1.5
 	@echo
-	@for network in untrained trained; do \
-	  sed -n "s/.*\"frechet_distance\": \([0-9]*[.][0-9]\{0,3\}\).*/Frechet distance of the $$network network: \1/p" $(DEMO)/$$network.json; \
+	@for network in untrained ema; do \
+	  sed -n "s/.*\"frechet_distance\": \([0-9]*[.][0-9]\{0,3\}\).*/Frechet distance of the $$network weights: \1/p" \
+	    $(DEMO)/scores/step-*-$$network-pixels.json; \
 	done
 	@echo "samples drawn: $(DEMO)/samples/grid.png"
 

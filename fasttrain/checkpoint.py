@@ -245,6 +245,27 @@ def newest_sound(run_dir: Path, before: int | None = None) -> tuple[Path, Manife
     )
 
 
+def steps_of(run_dir: Path) -> list[int]:
+    """The steps of a run's committed checkpoints, oldest first."""
+    return sorted(map(step_of, committed(run_dir / "checkpoints")))
+
+
+def kept(run_dir: Path, step: int) -> tuple[Path, Manifest]:
+    """The checkpoint of this step, verified. Needs no process group.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder = folder_of(run_dir / "checkpoints", step)
+    if not folder.is_dir():
+        there = ", ".join(map(str, steps_of(run_dir))) or "none"
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; it has: {there} (checkpoint.keep_every keeps some for good)")
+    manifest, problem = _verify(folder)
+    if manifest is None or problem is not None:
+        raise UserError(f"{folder} is damaged ({problem}): choose another step, one of {', '.join(map(str, steps_of(run_dir)))}")
+    return folder, manifest
+
+
 def read_weights(folder: Path, manifest: Manifest, key: str) -> dict[str, torch.Tensor]:
     """Every parameter whole, fp32, from a verified checkpoint: `key` is "master" or the name of an average. Needs no process group.
 

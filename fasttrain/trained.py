@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.building import build_network
-from fasttrain.checkpoint import check_fits, newest_sound, read_weights
+from fasttrain.checkpoint import check_fits, kept, newest_sound, read_weights
 from fasttrain.config import RunConfig
 from fasttrain.data.index import Index
 from fasttrain.engine.fragments import MASTER
@@ -43,11 +43,11 @@ class Trained:
     passed_over: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, run_dir: Path, weights: str, device: torch.device) -> "Trained":
-        """Reads a run's newest checkpoint that verifies.
+    def load(cls, run_dir: Path, weights: str, device: torch.device, step: int | None = None) -> "Trained":
+        """Reads a run's newest checkpoint that verifies, or the one of a step.
 
         Args:
-            weights: "ema" (or "ema_1" ...), "raw", or "untrained" for the network as it was before the first step.
+            weights: "ema" (or "ema_1" ...), "raw", or "untrained" for the network as it was before the first step, whatever `step` is.
 
         Raises:
             UserError: no run, no sound checkpoint, one of another config than the folder's, or no such weights.
@@ -60,7 +60,7 @@ class Trained:
             if transfer := Transfer.of_begun_run(config, index, trained_shapes(network)):
                 network.load_state_dict(dict(transfer.weights()), strict=False)
             return cls(config, index, network.to(device).eval(), UNTRAINED, 0)
-        folder, manifest, passed_over = newest_sound(run_dir)
+        folder, manifest, passed_over = newest_sound(run_dir) if step is None else (*kept(run_dir, step), [])
         check_identity(identity(config, index), manifest.identity, folder)
         tensors = read_weights(folder, manifest, MASTER if weights == RAW else weights)
         shapes = {name: list(p.shape) for name, p in network.named_parameters() if p.requires_grad}

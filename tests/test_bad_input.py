@@ -305,6 +305,6 @@ def test_no_space_for_an_export(disk, trained):
 def test_no_space_for_a_score(disk, trained, digits):
     folder = disk(1 << 20)
     fill(folder, 0)
-    command = ("evaluate", trained.parent / "run", "--reference", digits, "--count", "16", "--steps", "2", "--out", folder / "score.json")
-    assert_one_message(fasttrain(*command), f"--out {folder / 'score.json'}: cannot write there: No space left on device; make room")
-    assert not list(folder.glob("score*"))
+    command = ("evaluate", trained.parent / "run", "--reference", digits, "--count", "16", "--steps", "2", "--out", folder / "scores")
+    assert_one_message(fasttrain(*command), f"--out {folder / 'scores'}: cannot write there: No space left on device; make room")
+    assert not list(folder.glob("scores/*"))

@@ -42,6 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
         training={"steps": STEPS, "global_batch": 64},
         sampling={"every": STEPS // 2, "count": 9, "sampler": {"name": "heun", "steps": 6}},
         log={"every": 50, "held_out_every": STEPS // 2, "tensorboard": True},
+        checkpoint={"every": 80, "keep_last": 1, "keep_every": 80},
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     done = fasttrain("train", folder / "run.yaml")
@@ -145,30 +146,12 @@ def test_two_processes_draw_the_samples_of_one(run, tmp_path):
 
 
 def test_evaluate_scores_training_and_keeps_the_protocol(run, digits, tmp_path, capsys):
-    scores = {}
-    for weights in ("untrained", "raw", "ema"):
-        out = tmp_path / f"{weights}.json"
-        assert (
-            main(
-                [
-                    "evaluate",
-                    str(run),
-                    "--reference",
-                    str(digits),
-                    "--count",
-                    "300",
-                    "--steps",
-                    "6",
-                    "--weights",
-                    weights,
-                    "--out",
-                    str(out),
-                ]
-            )
-            == 0
-        )
-        scores[weights] = json.loads(out.read_text())
-        assert f"Frechet distance {scores[weights]['frechet_distance']:.4f}" in capsys.readouterr().out
+    command = ["evaluate", str(run), "--reference", str(digits), "--count", "300", "--steps", "6", "--out", str(tmp_path)]
+    assert main([*command, "--weights", "untrained", "raw", "ema"]) == 0
+    told, scores = capsys.readouterr().out, {}
+    for weights, step in (("untrained", 0), ("raw", STEPS), ("ema", STEPS)):
+        scores[weights] = json.loads((tmp_path / f"step-{step:08d}-{weights}-pixels.json").read_text())
+        assert f"Frechet distance {scores[weights]['frechet_distance']:.4f}" in told
     assert scores["untrained"]["frechet_distance"] > 2 * scores["ema"]["frechet_distance"] > 0
     score, protocol = scores["ema"], scores["ema"]["protocol"]
     assert (score["samples"], score["reference_samples"], score["features"]) == (300, 1797, {"name": "pixels"})
@@ -181,9 +164,27 @@ def test_evaluate_scores_training_and_keeps_the_protocol(run, digits, tmp_path, 
     assert scores["untrained"]["protocol"]["checkpoint_step"] == 0 and protocol["versions"]["torch"] == installed("torch")
 
 
-def test_evaluate_keeps_its_score_in_the_run(run, digits):
-    assert main(["evaluate", str(run), "--reference", str(digits), "--count", "20", *FAST, "--weights", "ema_1"]) == 0
-    assert json.loads((run / "scores" / "ema_1-pixels.json").read_text())["protocol"]["weights"] == "ema of 20 images"
+def test_evaluate_keeps_a_score_for_each_checkpoint_in_the_run(run, digits, capsys):
+    command = ["evaluate", str(run), "--reference", str(digits), "--count", "20", *FAST]
+    assert main([*command, "--weights", "ema_1", "untrained", "--checkpoint-steps", "all"]) == 0
+    kept = {path.name: json.loads(path.read_text())["protocol"] for path in (run / "scores").iterdir()}
+    assert {name: (protocol["weights"], protocol["checkpoint_step"]) for name, protocol in kept.items()} == {
+        "step-00000000-untrained-pixels.json": ("untrained", 0),
+        "step-00000080-ema_1-pixels.json": ("ema of 20 images", 80),
+        "step-00000160-ema_1-pixels.json": ("ema of 20 images", 160),
+        "step-00000200-ema_1-pixels.json": ("ema of 20 images", 200),
+    }
+    for steps, named in ((["90"], "no checkpoint of step 90; it has: 80, 160, 200"), (["all", "80"], "'all': give steps as numbers")):
+        assert main([*command, "--checkpoint-steps", *steps]) == 2 and named in capsys.readouterr().err
+
+
+def test_a_kept_checkpoint_gives_the_samples_of_its_own_step(run, tmp_path, capsys):
+    for step in ("80", "160"):
+        assert main(["sample", str(run), "--out", str(tmp_path / step), "--count", "8", *FAST, "--checkpoint-step", step]) == 0
+    assert not np.array_equal(*(np.load(tmp_path / step / "samples.npz")["arr_0"] for step in ("80", "160")))
+    old, newest = (Trained.load(run, "raw", torch.device("cpu"), step) for step in (80, None))
+    assert (old.step, newest.step) == (80, 200)
+    assert not torch.equal(*(next(trained.network.parameters()) for trained in (old, newest)))
 
 
 def exported(run: Path, out: Path, weights: str) -> tuple[torch.nn.Module, dict[str, str]]:
@@ -267,10 +268,8 @@ def test_sample_names_what_cannot_be(run, tmp_path, capsys, more, named):
 
 
 def test_a_score_needs_images_of_the_samples_shape(run, tmp_path, capsys, small_images: Callable[[int], Path]):
-    assert (
-        main(["evaluate", str(run), "--reference", str(small_images(16)), "--count", "10", *FAST, "--out", str(tmp_path / "s.json")]) == 2
-    )
-    assert "samples are images (8, 8, 1), the reference holds (16, 16, 3)" in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+    assert main(["evaluate", str(run), "--reference", str(small_images(16)), "--count", "10", *FAST, "--out", str(tmp_path / "s")]) == 2
+    assert "samples are images (8, 8, 1), the reference holds (16, 16, 3)" in capsys.readouterr().err and not (tmp_path / "s").exists()
 
 
 def test_a_reference_made_elsewhere_is_read_at_the_size_that_is_asked_for(run: Path, tmp_path: Path, capsys, monkeypatch):

@@ -113,11 +113,10 @@ def test_guidance_by_text_and_by_controls(run, tmp_path):
 
 
 def test_a_score_keeps_what_was_asked_for(run, tmp_path):
-    out = tmp_path / "score.json"
     how = ("--guidance", "2", "--control-guidance", "1.5", "--guidance-interval", "0.1", "0.9", "--control", "flip=1")
     reference = str(run.parent / "set")
-    assert main(["evaluate", str(run), "--reference", reference, "--count", "20", *FAST, *how, "--out", str(out)]) == 0
-    protocol = json.loads(out.read_text())["protocol"]
+    assert main(["evaluate", str(run), "--reference", reference, "--count", "20", *FAST, *how, "--out", str(tmp_path)]) == 0
+    protocol = json.loads(next(tmp_path.glob("step-*-ema-pixels.json")).read_text())["protocol"]
     assert protocol["sampler"] == {"name": "euler", "steps": 4, "spacing": "trailing"}
     assert protocol["guidance"] == {"scale": 2.0, "controls": 1.5, "interval": [0.1, 0.9], "resolution": 1.0}
     conditions = protocol["conditions"]

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,21 +26,26 @@ TIMEOUT_SECONDS = 3600.0
 
 
 class Made(NamedTuple):
-    """All samples in order of their numbers, on rank 0; empty elsewhere."""
+    """Samples as images."""
 
     numbers: NDArray[np.int64]  # [n]
     labels: NDArray[np.int64]  # [n]
     images: NDArray[np.uint8]  # [n, H, W, C]
-    asked: Asked  # what they were asked to show
+
+
+class Drawing(NamedTuple):
+    """Samples to be made, and what they are asked to show."""
+
+    asked: Asked
+    batches: Iterator[Made]  # of this rank, in increasing order of number
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> None:
-    """Run, weights, sampler, guidance and what is asked of the samples."""
+    """Run, sampler, guidance and what is asked of the samples."""
     parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`")
     parser.add_argument("--count", type=int, default=count, help=f"how many samples (default {count})")
     parser.add_argument("--batch", type=int, default=128, help="samples made at once by a process (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples: sample i is a function of it and i")
-    parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., raw, or untrained (default ema)")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", action="append", metavar="TEXT", help="what a text model is to show; several take turns (default: the run's own)"
@@ -129,31 +134,30 @@ def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wish
     return Wishes(labels, prompts, args.text_encoder, args.text_encoder_revision, controls)
 
 
-def generate_images(trained: Trained, args: argparse.Namespace, processes: Processes, wishes: Wishes) -> Made:
-    """All samples that are asked for. A collective."""
+def draw(trained: Trained, args: argparse.Namespace, processes: Processes, wishes: Wishes) -> Drawing:
+    """This rank's share of the samples that are asked for, made a batch at a time while they are taken. A collective.
+
+    Raises:
+        UserError: what is asked for cannot be.
+    """
     generator = trained.generator(sampler_of(args), guidance_of(args), args.seed, wishes)
     decode = trained.decoder(args.vae)
     if processes.is_main:
         tell_passed_over(trained)
-    with Progress(disable=not processes.is_main) as progress:
-        task = progress.add_task(f"sampling with {trained.weights} weights of step {trained.step}", total=args.count)
-        made = [
-            (samples.number.numpy(), _labels(samples), to_uint8(decode(samples.x0)))
+
+    def batches() -> Iterator[Made]:
+        with Progress(disable=not processes.is_main) as progress:
+            task = progress.add_task(f"sampling with {trained.weights} weights of step {trained.step}", total=args.count)
             for samples in generator.generate(
                 args.count,
                 args.batch,
                 rank=processes.rank,
                 world_size=processes.world_size,
                 progress=lambda n: progress.advance(task, n * processes.world_size),
-            )
-        ]
-    parts = [part for share in processes.gather_to_main(made) for part in share]
-    if not parts:
-        empty = np.zeros(0, np.int64)
-        return Made(empty, empty, np.zeros((0, 1, 1, 1), np.uint8), generator.conditions)
-    numbers, classes, images = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    order = np.argsort(numbers)
-    return Made(numbers[order], classes[order], images[order], generator.conditions)
+            ):
+                yield Made(samples.number.numpy(), _labels(samples), to_uint8(decode(samples.x0)))
+
+    return Drawing(generator.conditions, batches())
 
 
 def _labels(samples: Samples) -> NDArray[np.int64]:
