@@ -50,12 +50,13 @@ def _size_kernel(
     noise,
     places,
     width,
+    blocks,
     PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     own = tl.minimum(tl.maximum(tl.load(length + sample), 1), places).to(tl.int32)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < width
     place = tl.arange(0, PLACES)
     mask = (place < own)[:, None] & inside[None, :]
@@ -102,8 +103,10 @@ def _text_padding_op(tokens: Tensor, length: Tensor, seed: Tensor, position: Ten
         size = torch.empty((batch, width), dtype=torch.float32, device=tokens.device)
         held, blocks = triton.next_power_of_2(places), triton.cdiv(places * width, _BLOCK)
         channels = min(_HELD // held, triton.next_power_of_2(width))
+        groups = triton.cdiv(width, channels)
         with torch.cuda.device_of(tokens):
-            _size_kernel[batch, triton.cdiv(width, channels)](tokens, length, size, noise, places, width, held, channels, num_warps=8)
+            # All along x: a grid's other two extents end at 65,535.
+            _size_kernel[batch * groups,](tokens, length, size, noise, places, width, groups, held, channels, num_warps=8)
             _text_padding_kernel[batch * blocks,](
                 tokens, length, size, seed, position, padded, places, width, blocks, int(Purpose.TEXT_PADDING), _BLOCK, num_warps=4
             )

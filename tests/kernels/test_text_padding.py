@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from fasttrain_kernels.language import HAS_TRITON
 from fasttrain_kernels.philox import Purpose, normal
-from fasttrain_kernels.text_padding import MAX_PLACES, text_padding, text_padding_reference
+from fasttrain_kernels.text_padding import MAX_PLACES, MAX_SIZE, text_padding, text_padding_reference
 from torch import Tensor
 
 POSITION = torch.tensor([5, 2**40])
@@ -85,3 +86,19 @@ def test_what_the_kernels_cannot_hold_is_refused(device: torch.device) -> None:
     x = torch.ones(2, MAX_PLACES + 1, 1, device=device)
     with pytest.raises(ValueError, match=f"takes {MAX_PLACES} places"):
         text_padding(x, torch.tensor([3, 8], device=device), 7, POSITION.to(device), impl="triton")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_no_width_asks_for_a_grid_that_cuda_does_not_have() -> None:
+    """The most elements that are taken, in one place and memory that is never touched: only x may be large."""
+    from tests.kernels.interpreter import recording, run_program
+
+    width = MAX_SIZE - 1000
+    x, length = torch.empty(2, 1, width, dtype=torch.float16), torch.tensor([1, 1])
+    x[1, 0, -4:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with recording() as launches:
+        y = text_padding(x, length, 7, POSITION, impl="triton")
+    assert len(launches) == 2 and all(len(launch.grid) == 1 and 2**16 < launch.grid[0] < 2**31 for launch in launches)
+    for launch in launches:
+        run_program(launch, (launch.grid[0] - 1,))
+    assert y[1, 0, -4:].tolist() == [1, 2, 3, 4]
