@@ -60,6 +60,17 @@ class Foreign(NamedTuple):
         """Digest of all images' digests, in their order: which samples these are."""
         return xxhash.xxh3_128_hexdigest(np.concatenate([part.image_digests for part in self.parts.values()]).tobytes())
 
+    @property
+    def labels_xxh3(self) -> str:
+        """Digest of the labels."""
+        return xxhash.xxh3_128_hexdigest(self.labels.tobytes())
+
+    @property
+    def captions_xxh3(self) -> str | None:
+        """Digest of what the captions stand in, in its order; None where no sample has a txt or json."""
+        digests = np.concatenate([part.digests[:, 2] for part in self.parts.values()])
+        return xxhash.xxh3_128_hexdigest(digests.tobytes()) if digests.any() else None
+
 
 def open_parts(pattern: Pattern, config: DataConfig, alive: Callable[[], None]) -> Foreign:
     """The shards that a pattern names, indexed, at whatever size they are to be seen.
@@ -129,8 +140,9 @@ def _index(found: Foreign, labels: np.ndarray, facts: np.ndarray, size: int) -> 
         classes=found.classes,
         num_classes=len(found.classes),
         source=Source(name=found.name, xxh3=xxhash.xxh3_128_hexdigest("".join(s.xxh3 for s in shards).encode())),
-        labels_xxh3=xxhash.xxh3_128_hexdigest(labels.tobytes()),
+        labels_xxh3=found.labels_xxh3,
         digests_xxh3=found.digests_xxh3,
+        captions_xxh3=found.captions_xxh3,
         pixels=size,
         facts=RECORDED,
         facts_xxh3=xxhash.xxh3_128_hexdigest(facts.tobytes()),

@@ -20,6 +20,7 @@ from fasttrain.data.foreign.samples import Sample
 from fasttrain.data.foreign.unchanged import Changed, IndexedShard, remedied
 from fasttrain.data.index import CAPTIONS_FILE, LABELS_FILE, Index, read_index
 from fasttrain.data.text.captions import DEFAULT_TEMPLATE, NoCaption, caption_in, class_names, of_classes
+from fasttrain.data.text.made_of import MadeOf
 from fasttrain.errors import UserError
 from fasttrain.files import digest
 
@@ -31,11 +32,13 @@ class Captioned(NamedTuple):
         digests_xxh3: of the set's index: which samples these are, in which order.
         captions: one a sample; "" for none.
         told: where they come from, for people.
+        made_of: the same, for the set to be compared with later.
     """
 
     digests_xxh3: str
     captions: list[str]
     told: str
+    made_of: MadeOf
 
 
 def captions_of(place: str, template: str | None = None, names: Path | None = None) -> Captioned:
@@ -56,21 +59,23 @@ def captions_of(place: str, template: str | None = None, names: Path | None = No
         return _of_prepared(Path(place), of_names, template, names)
     config = DataConfig(train=place)
     found = open_parts(pattern, config, lambda: None)
+    made_of = MadeOf.of(found.captions_xxh3, found.labels_xxh3, found.classes, of_names)
     with closing(found.files), remedied(found.folder):
         if of_names:
-            return _of_classes(found.digests_xxh3, found.classes, found.labels, template, names, place)
+            return Captioned(found.digests_xxh3, *_of_classes(found.classes, found.labels, template, names, place), made_of)
         captions = _of_shards(found, config.retry_seconds)
     if not any(captions):
         raise UserError(f"{place}: not one caption in these shards; give --template (and --class-names) to make them of the classes")
-    return Captioned(found.digests_xxh3, captions, "captions of the shards' txt and json members")
+    return Captioned(found.digests_xxh3, captions, "captions of the shards' txt and json members", made_of)
 
 
 def _of_prepared(folder: Path, of_names: bool, template: str | None, names: Path | None) -> Captioned:
     index = read_index(folder)
+    made_of = MadeOf.of(index.captions_xxh3, index.labels_xxh3, index.classes, of_names)
     if index.captions_xxh3 is not None and not of_names:
-        return Captioned(index.digests_xxh3, _kept(folder, index), "captions kept with the images")
+        return Captioned(index.digests_xxh3, _kept(folder, index), "captions kept with the images", made_of)
     labels = read_column(LocalFiles(folder), LABELS_FILE, index.labels_xxh3, np.int64, (index.samples,))
-    return _of_classes(index.digests_xxh3, index.classes, labels, template, names, str(folder))
+    return Captioned(index.digests_xxh3, *_of_classes(index.classes, labels, template, names, str(folder)), made_of)
 
 
 def _kept(folder: Path, index: Index) -> list[str]:
@@ -82,15 +87,14 @@ def _kept(folder: Path, index: Index) -> list[str]:
         return [json.loads(line) or "" for line in lines]
 
 
-def _of_classes(
-    digests_xxh3: str, classes: Sequence[str], labels: np.ndarray, template: str | None, names: Path | None, place: str
-) -> Captioned:
+def _of_classes(classes: Sequence[str], labels: np.ndarray, template: str | None, names: Path | None, place: str) -> tuple[list[str], str]:
+    """The caption of each sample's class, and where they come from."""
     if not classes:
         raise UserError(f"{place}: has neither captions nor classes; prepare it with --captions txt or json")
     words = class_names(names, classes) if names else classes
     chosen = DEFAULT_TEMPLATE if template is None else template
     made = of_classes(words, chosen)
-    return Captioned(digests_xxh3, [made[label] for label in labels.tolist()], f"{len(classes)} class names in {chosen!r}")
+    return [made[label] for label in labels.tolist()], f"{len(classes)} class names in {chosen!r}"
 
 
 def _of_shards(found: Foreign, retry_seconds: float) -> list[str]:

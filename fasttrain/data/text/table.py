@@ -30,9 +30,10 @@ from fasttrain.data.holding import Holding
 from fasttrain.data.index import DIGEST, NPY_HEADER, Index, TextRecord
 from fasttrain.data.remote.store import open_files
 from fasttrain.data.text.encoder import EncoderRecord
+from fasttrain.data.text.made_of import MadeOf
 from fasttrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 TEXT_FILE, ROWS_FILE, FIRST_FILE, CAPTIONS_FILE = "text.json", "rows.npy", "first.npy", "captions.jsonl"
 OWN_FOLDER = "text"  # inside a set
 DTYPE = np.dtype(np.float16)
@@ -56,6 +57,7 @@ class TextIndex(_Strict):
 
     Attributes:
         samples, digests_xxh3: of the set's index: whose captions these are, in which order.
+        made_of: what of the set decided the captions.
         without: samples that have no caption, and so the empty one.
         cut: captions longer than M; longest: tokens of the longest, before it was cut.
         head: the first captions behind the empty one.
@@ -66,6 +68,7 @@ class TextIndex(_Strict):
     encoder: EncoderRecord
     samples: int = Field(ge=1)
     digests_xxh3: str = Field(pattern=DIGEST)
+    made_of: MadeOf
     captions: int = Field(ge=1)
     without: int = Field(ge=0)
     cut: int = Field(ge=0)
@@ -129,13 +132,15 @@ class TextTable:
             config: how to read it.
 
         Raises:
-            UserError: nothing there, damaged, of another format, or of another set.
+            UserError: nothing there, damaged, of another format, of another set, or of captions or labels that the set had once.
         """
         files = open_files(place, config, (TEXT_FILE, ROWS_FILE, FIRST_FILE))
         text, xxh3 = _read(files)
         if (text.samples, text.digests_xxh3) != (index.samples, index.digests_xxh3):
             told = f"belongs to another set ({text.samples:,} samples there, {index.samples:,} here, or in another order)"
             raise UserError(f"{files.place}: {told}; run `fasttrain prepare text` for this set")
+        if told := text.made_of.changed(index):
+            raise UserError(f"{files.place}: is of the set as it was: {told}; delete it and run `fasttrain prepare text` again")
         rows = read_column(files, ROWS_FILE, text.rows_xxh3, np.int64, (text.samples,))
         first = read_column(files, FIRST_FILE, text.first_xxh3, np.int64, (text.captions + 1,))
         return cls(files, text, xxh3, rows, first, config)

@@ -128,7 +128,7 @@ def flipped(content: bytes) -> bytes:
         ("rows.npy", flipped, r"rows\.npy: its content is not what was prepared"),
         ("first.npy", flipped, r"first\.npy: its content is not what was prepared"),
         ("text.json", lambda content: content[:-30], r"text\.json: .*prepare the text again"),
-        ("text.json", lambda content: content.replace(b'"format": 1', b'"format": 9'), "format 9, but this fasttrain reads format 1"),
+        ("text.json", lambda content: content.replace(b'"format": 2', b'"format": 9'), "format 9, but this fasttrain reads format 2"),
         ("text.json", lambda content: content.replace(b'"captions": 11', b'"captions": 12'), "do not add up"),
         ("text.json", lambda content: content.replace(b'"cut"', b'"__reduce__"'), r"__reduce__: Extra inputs"),
     ],
