@@ -20,7 +20,7 @@ import torch
 import xxhash
 import yaml
 
-from fasttrain.config import RunConfig, load_config
+from fasttrain.config import RunConfig, SamplingConfig, load_config
 from fasttrain.data.crops import crops_of
 from fasttrain.data.facts import require_recorded
 from fasttrain.data.index import Index
@@ -63,6 +63,7 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
     num_classes = (0 if index.text else index.num_classes) if model.num_classes is None else model.num_classes
     if not (num_classes or index.text) and config.sampling.every and config.sampling.guidance.scale != 1:
         raise UserError(f"sampling.guidance {config.sampling.guidance.scale:g} needs classes, and this model has none: set it to 1")
+    _check_guidance(config.sampling)
     found = {"channels": channels, "input_size": side, "num_classes": num_classes, **_told(config, index)}
     try:
         model = dataclasses.replace(model, **found)
@@ -80,7 +81,10 @@ def _told(config: RunConfig, index: Index) -> dict[str, Any]:
         _check_told(model, controlled, "diffusion.schedule has")
     else:
         controlled = {}
-    if not isinstance(model, MmDiT) or text is None:
+    if not isinstance(model, MmDiT):
+        return controlled
+    if text is None:
+        _check_wants_no_text(model, config.data.train)
         return controlled
     shapes = {"text_tokens": text.tokens, "text_width": text.width, "text_pooled": text.pooled}
     _check_told(model, shapes, f"the text of encoder {text.id!r} that belongs to {config.data.train} has")
@@ -88,6 +92,29 @@ def _told(config: RunConfig, index: Index) -> dict[str, Any]:
     if model.masked_text and how != "none":
         raise UserError(f"model.masked_text is true, but data.text_padding.how is {how}: set it to none, which masks by itself")
     return {**controlled, **shapes, "masked_text": how == "none"}
+
+
+def _check_wants_no_text(model: MmDiT, place: str) -> None:
+    """Refuses what a model of classes would pass over in silence."""
+    for key in ("pooled", "masked_text", "text_pooled"):
+        if value := getattr(model, key):
+            told = f"model.{key} is {shown(value)}, and there is no text: an mmdit on {place} is told classes alone"
+            raise UserError(f"{told}; leave it out, or give the set text with `fasttrain prepare text` and remove model.num_classes")
+
+
+def _check_guidance(sampling: SamplingConfig) -> None:
+    """Refuses what there is no guidance for to change: it would be passed over in silence."""
+    guidance = sampling.guidance
+    if guidance.resolution != 1 and guidance.scale == 1:
+        raise UserError(
+            f"sampling.guidance.resolution {guidance.resolution:g} multiplies what guidance adds, and sampling.guidance.scale is 1, which "
+            "adds nothing: give the scale that was found best at the smaller size, or leave resolution out"
+        )
+    if guidance.interval != (0, 1) and guidance.scale == 1 and guidance.controls == 1:
+        raise UserError(
+            f"sampling.guidance.interval {list(guidance.interval)} limits guidance, and there is none with scale 1 and controls 1: "
+            "give either another value, or leave interval out"
+        )
 
 
 def _check_told(model: Transformer, found: dict[str, Any], source: str) -> None:

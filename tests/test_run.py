@@ -60,6 +60,35 @@ def test_shards_that_do_not_fit_the_model(tmp_path, digits, index, model, named)
     assert str(digits) in message and all(words in message for words in named)
 
 
+@pytest.mark.parametrize("form", ["shared", "dual"])
+@pytest.mark.parametrize(("key", "value"), [("pooled", True), ("masked_text", True), ("text_pooled", 768)])
+def test_a_model_of_classes_does_not_pass_over_what_it_is_asked_to_do_with_text(tmp_path, digits, index, form, key, value):
+    mmdit = {"name": "mmdit", "depth": 1, "width": 16, "heads": 2, "patch": 2, "form": form}
+    assert refusal(index, run_config(tmp_path, digits, model={**mmdit, key: value})).startswith(
+        f"model.{key} is {value}, and there is no text"
+    )
+    made = resolve(run_config(tmp_path, digits, model={**mmdit, "pooled": False, "masked_text": False}), index).model
+    assert (made.pooled, made.masked_text, made.num_classes) == (False, False, 10)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "named"),
+    [
+        ({"resolution": 2}, "sampling.guidance.resolution 2 multiplies what guidance adds, and sampling.guidance.scale is 1"),
+        ({"interval": [0.2, 0.8]}, "sampling.guidance.interval [0.2, 0.8] limits guidance, and there is none with scale 1 and controls 1"),
+    ],
+)
+def test_guidance_that_changes_nothing_is_not_passed_over(tmp_path, digits, index, guidance, named):
+    assert refusal(index, run_config(tmp_path, digits, sampling={"guidance": guidance})).startswith(named)
+    resolve(run_config(tmp_path, digits, sampling={"guidance": {**guidance, "scale": 1.5}}), index)
+
+
+def test_control_guidance_is_limited_by_an_interval_at_scale_1(tmp_path, digits, index):
+    limited = {"controls": 1.5, "interval": [0.2, 0.8]}
+    resolve(run_config(tmp_path, digits, sampling={"guidance": limited}), index)
+    assert "resolution 2 multiplies" in refusal(index, run_config(tmp_path, digits, sampling={"guidance": {**limited, "resolution": 2}}))
+
+
 def test_shards_must_be_square(tmp_path, digits, index):
     assert "holds 8 x 4 samples" in refusal(index.model_copy(update={"shape": (1, 8, 4)}), run_config(tmp_path, digits))
 
