@@ -4,8 +4,10 @@ import functools
 import re
 import subprocess
 from collections.abc import Hashable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,16 +45,18 @@ class Compiled:
     ptx: str
     cubin: bytes
     shared_bytes: int
+    assembled: str
+    """What ptxas told of the kernel while it made the cubin."""
 
     @property
     def registers(self) -> int:
         """Of one thread."""
-        return int(re.findall(r"Used (\d+) registers", self._assembled)[0])
+        return int(re.findall(r"Used (\d+) registers", self.assembled)[0])
 
     @property
     def spilled_bytes(self) -> int:
         """Register spill stores and loads, as ptxas counts them (its stack figure includes more than spills)."""
-        return sum(map(int, re.findall(r"(\d+) bytes spill", self._assembled)))
+        return sum(map(int, re.findall(r"(\d+) bytes spill", self.assembled)))
 
     @cached_property
     def global_accesses(self) -> list[tuple[str, int]]:
@@ -60,7 +64,7 @@ class Compiled:
         with TemporaryDirectory() as folder:
             binary = Path(folder) / "kernel.cubin"
             binary.write_bytes(self.cubin)
-            sass = subprocess.run([_TOOLS / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+            sass = subprocess.run([_TOOLS / "nvdisasm", "-c", "-ndf", binary], capture_output=True, text=True, check=True).stdout
         return [(kind, _width(suffixes)) for kind, suffixes in _ACCESS.findall(sass)]
 
     @property
@@ -93,18 +97,6 @@ class Compiled:
             if widths and "64" not in widths and pointer in arguments:
                 found.add(pointer.removeprefix("%"))
         return found
-
-    @cached_property
-    def _assembled(self) -> str:
-        """What ptxas tells of the kernel."""
-        target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
-        assert target is not None
-        assembler = _TOOLS / ("ptxas-blackwell" if self.architecture == "sm_100" else "ptxas")
-        with TemporaryDirectory() as folder:
-            source = Path(folder) / "kernel.ptx"
-            source.write_text(self.ptx)
-            command = [assembler, "-v", f"--gpu-name={target[1]}", source, "-o", source.with_suffix(".cubin")]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 @dataclass(frozen=True)
@@ -142,8 +134,13 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
 @functools.cache
 def _compiled(specialised: Specialised, architecture: str) -> Compiled:
     target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
-    kernel = triton.compile(specialised.source(), target=target, options=dict(specialised.options))
-    return Compiled(architecture, str(kernel.asm["ttir"]), kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared)
+    told = StringIO()
+    # A cache of this compilation alone: what another run left would be found without ptxas's words.
+    with TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope(), redirect_stdout(told):
+        triton.knobs.cache.dir = cache
+        triton.knobs.nvidia.dump_ptxas_log = True
+        kernel = triton.compile(specialised.source(), target=target, options=dict(specialised.options))
+    return Compiled(architecture, str(kernel.asm["ttir"]), kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared, told.getvalue())
 
 
 def _multiple_of_16(value: Any) -> bool:

@@ -17,12 +17,6 @@ PROCESSORS = 132
 """Of an H100 or H200; launchers choose their grids by it."""
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles here and now, not from the cache of an earlier run."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
-
-
 def telling(case: Case) -> Shape:
     """The width to look at where one must do: 1152 or what goes with it."""
     return case.real[min(2, len(case.real) - 1)]

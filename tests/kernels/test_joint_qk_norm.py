@@ -239,9 +239,8 @@ def test_a_second_derivative_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(("text", "heads", "width"), [(1, 16, 72), (77, 16, 72), (77, 18, 64)])
-def test_machine_code_for_a_class_and_for_a_caption(text: int, heads: int, width: int, architecture: str, monkeypatch, tmp_path) -> None:
+def test_machine_code_for_a_class_and_for_a_caption(text: int, heads: int, width: int, architecture: str) -> None:
     ahead_of_time = pytest.importorskip("tests.kernels.ahead_of_time", reason="needs Triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     values = arguments((4, text, 256, heads, width), dtype=torch.bfloat16)
     forward, backward, _ = launched(lambda: with_gradients(kernel, values), 132)
     for launch, least in ((forward, 2 * 6), (backward, 2 * 9)):
