@@ -15,12 +15,14 @@ from torch import Tensor
 from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import PREDICTIONS, Prediction, weight_factor
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
+from fasttrain.diffusion.timestep_weights import placed
 from fasttrain.diffusion.timesteps import Timesteps
 from fasttrain.diffusion.weighting import WEIGHTINGS, Weighting, signal_to_noise
 from fasttrain.errors import UserError
 from fasttrain.registry import Registry
 
-Model = Callable[[Tensor, Tensor, Cond], Tensor]
+Model = Callable[[Tensor, Tensor, Cond], Tensor | tuple[Tensor, Tensor]]
+"""(x_t, t, cond) -> the predicted target, or it and a learned uncertainty u [B] (`uncertainty.py`)."""
 
 # Weights of a continuous path that pass this near its ends have no bound; those of tables stay below (1e5 timesteps, rescaled: 1e19).
 BOUND = 1e20
@@ -29,7 +31,7 @@ BOUND = 1e20
 class Loss(NamedTuple):
     """What one micro-batch gives."""
 
-    loss: Tensor  # [] fp32, mean over the samples of the weighted squared error; differentiable
+    loss: Tensor  # [] fp32, what is minimised: the samples' mean of `weighted`, or of e^-u weighted + u; differentiable
     weighted: Tensor  # [B] fp32, each sample's weighted squared error
     mse: Tensor  # [B] fp32, each sample's unweighted squared error of the target
     by_range: Tensor  # [ranges, 2] fp32: for each range of timesteps the sum of mse and the count of samples
@@ -39,9 +41,10 @@ class Loss(NamedTuple):
 class Objective:
     """The weighted denoising loss of a micro-batch, a pure function of (seed, position) and the data.
 
-    loss = mean_b w(snr_b) factor_b mean_{c,h,w} (model(x_t, t, cond) - target)^2          [Hang et al. 2023, Eq. 4-5 and appendix B]
+    loss = mean_b w(snr_b) factor_b mean_{c,h,w} (model(c x_t, t, cond) - target)^2        [Hang et al. 2023, Eq. 4-5 and appendix B]
 
-    with `factor` from `prediction.weight_factor`, so that each weighting means the same for every target.
+    with `factor` from `prediction.weight_factor`, so that each weighting means the same for every target, and c its input scale. A model
+    that tells an uncertainty u_b beside its prediction makes each sample's addend of it e^-u_b (addend) + u_b.
 
     Args:
         schedule, prediction, weighting, timesteps: components of this package.
@@ -75,7 +78,7 @@ class Objective:
         _require_droppable("control_drop", control_drop, "set of controls to leave out", nothing.controls)
         self.schedule = schedule
         self.prediction = prediction
-        self.weighting = weighting
+        self.weighting = placed(weighting, schedule)
         self.timesteps = timesteps
         self.nothing = nothing
         self.label_drop = label_drop
@@ -98,8 +101,11 @@ class Objective:
         x0_coef, eps_coef = self.prediction.coefficients(alpha, sigma)
         weight = target_weight(self.weighting, self.prediction, alpha, sigma)
 
-        x_t, x0 = self._noised(clean, alpha.float(), sigma.float(), position, dtype)
-        pred = model(x_t, t, self._dropped(cond, position))
+        scale = self.prediction.input_scale(alpha, sigma)
+        x0_share, eps_share = (alpha, sigma) if scale is None else (scale * alpha, scale * sigma)
+        x_t, x0 = self._noised(clean, x0_share.float(), eps_share.float(), position, dtype)
+        told = model(x_t, t, self._dropped(cond, position))
+        pred, uncertainty = told if isinstance(told, tuple) else (told, None)
         loss, mse, by_range = weighted_mse(
             pred,
             x0,
@@ -112,12 +118,13 @@ class Objective:
             ranges=self.ranges,
             impl=self.kernels.of("weighted_mse"),
         )
-        return Loss(loss.mean(), loss.detach(), mse, by_range, t)
+        minimised = loss if uncertainty is None else loss * torch.exp(-uncertainty) + uncertainty
+        return Loss(minimised.mean(), loss.detach(), mse, by_range, t)
 
     def _noised(
         self, clean: Tensor | Posterior, alpha: Tensor, sigma: Tensor, position: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        """(x_t in `dtype`, x0)."""
+        """(alpha x0 + sigma eps in `dtype`, x0)."""
         if isinstance(clean, Tensor):
             return noising(clean, alpha, sigma, self.seed, position, dtype=dtype, impl=self.kernels.of("noising")), clean
         stored, shift, scale, flip = clean
@@ -153,7 +160,7 @@ def _require_defined(schedule: Schedule, prediction: Prediction, weighting: Weig
             f"prediction {_name(PREDICTIONS, prediction)} is undefined under schedule {_name(SCHEDULES, schedule)}, whose last timestep "
             "holds no data (zero terminal SNR): set prediction to v or x0, or the schedule's zero_terminal to false"
         )
-    if not (target_weight(weighting, prediction, alpha, sigma) < BOUND).all():
+    if not (target_weight(placed(weighting, schedule), prediction, alpha, sigma) < BOUND).all():
         raise UserError(
             f"weighting {_name(WEIGHTINGS, weighting)} grows without bound for prediction {_name(PREDICTIONS, prediction)} "
             f"under schedule {_name(SCHEDULES, schedule)}: set weighting to min_snr, which is bounded everywhere"

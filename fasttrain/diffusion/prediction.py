@@ -12,13 +12,17 @@ At a given x_t an error d in the target is an error sigma d / D in x0. So the sq
 in the target, weighted by w sigma^2 / D^2 (Hang et al. 2023, appendix B, is the case alpha^2 + sigma^2 = 1).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fasttrain.diffusion.schedule import Schedule
 from fasttrain.registry import Registry
+
+Conditions = TypeVar("Conditions")
 
 PREDICTIONS = Registry("prediction")
 
@@ -29,10 +33,21 @@ class Prediction(Protocol):
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) at alpha and sigma: two tensors of their shape and dtype."""
 
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """c of alpha's shape and dtype: the network is given c x_t. None: 1."""
+
+
+class Unscaled:
+    """A target whose network is given x_t as it is."""
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> None:
+        """1."""
+        return
+
 
 @PREDICTIONS.register("x0")
 @dataclass(frozen=True)
-class X0:
+class X0(Unscaled):
     """The data: (1, 0)."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +57,7 @@ class X0:
 
 @PREDICTIONS.register("eps")
 @dataclass(frozen=True)
-class Eps:
+class Eps(Unscaled):
     """The noise: (0, 1)."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +67,7 @@ class Eps:
 
 @PREDICTIONS.register("v")
 @dataclass(frozen=True)
-class V:
+class V(Unscaled):
     """The velocity v = alpha eps - sigma x0 [Salimans and Ho 2022, appendix D]: (-sigma, alpha)."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,12 +77,24 @@ class V:
 
 @PREDICTIONS.register("flow")
 @dataclass(frozen=True)
-class Flow:
+class Flow(Unscaled):
     """The velocity of the straight path, eps - x0 [Liu et al. 2022, Eq. 1; Esser et al. 2024]: (-1, 1). LightningDiT's is its negative."""
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b) = (-1, 1)."""
         return -torch.ones_like(alpha), torch.ones_like(sigma)
+
+
+def given_scaled(
+    model: Callable[[Tensor, Tensor, Conditions], Tensor], schedule: Schedule, prediction: Prediction
+) -> Callable[[Tensor, Tensor, Conditions], Tensor]:
+    """(x_t, t, conditions) -> the network's output, which is given the target's input scale times x_t, as in training."""
+
+    def scaled(x_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+        scale = prediction.input_scale(*schedule.alpha_sigma(t))
+        return model(x_t if scale is None else (x_t * _along(scale, x_t)).to(x_t.dtype), t, cond)
+
+    return scaled
 
 
 def weight_factor(prediction: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fasttrain.registry import Registry
 
 WEIGHTINGS = Registry("weighting")
+LEAST_DEVIATION = 1e-6
 
 
 class Weighting(Protocol):
@@ -26,6 +27,12 @@ class Weighting(Protocol):
 def signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
     """snr = alpha^2 / sigma^2; inf where there is no noise."""
     return (alpha / sigma) ** 2
+
+
+def require_sigma_data(given: float) -> None:
+    """Raises ValueError unless it can be a standard deviation of data."""
+    if not LEAST_DEVIATION <= given <= 1 / LEAST_DEVIATION:
+        raise ValueError(f"sigma_data is the data's standard deviation and must lie between 1e-6 and 1e6, got {given}")
 
 
 def _require_positive(gamma: float) -> None:
@@ -109,3 +116,54 @@ class Flow:
     def __call__(self, snr: Tensor) -> Tensor:
         """(1 + sqrt(snr))^2."""
         return (1 + snr.sqrt()) ** 2
+
+
+@WEIGHTINGS.register("p2")
+@dataclass(frozen=True)
+class P2:
+    """w = snr / (k + snr)^gamma, k = gamma = 1: less weight on the last, imperceptible details [Choi et al. 2022, "P2", Eq. 8].
+
+    The paper states it on the error of eps, as 1 / (k + snr)^gamma; gamma = 0 is equal weights there.
+    """
+
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k < math.inf:
+            raise ValueError(f"k must be positive and finite, got {self.k}")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be 0 or more and finite, got {self.gamma}")
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """(k + snr)^(1 - gamma) / (1 + k / snr): the same quotient, written so that both limits come out."""
+        return (self.k + snr) ** (1 - self.gamma) / (1 + self.k / snr)
+
+
+@WEIGHTINGS.register("edm")
+@dataclass(frozen=True)
+class Edm:
+    """w = snr + 1 / sigma_data^2: EDM's (s^2 + sigma_data^2) / (s sigma_data)^2 at s = sigma / alpha [Karras et al. 2022, Table 1].
+
+    With a gamma it is multiplied by min(snr, gamma) / snr: Min-SNR on EDM [Hang et al. 2023, supplement 4.1.1]. The supplement does not
+    say which SNR: taken is the paper's own, alpha^2 / sigma^2 = 1 / s^2, not sigma_data^2 / s^2. So gamma = 5 is the noise level where
+    every other weighting's gamma = 5 is.
+
+    Args:
+        sigma_data: the data's standard deviation: the same as of prediction `edm`, on whose error this weight is 1.
+        gamma: 5 in the supplement; None: EDM's own weighting.
+    """
+
+    sigma_data: float = 0.5
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        require_sigma_data(self.sigma_data)
+        if self.gamma is not None:
+            _require_positive(self.gamma)
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """snr + 1 / sigma_data^2, or min(snr, gamma) + min(1, gamma / snr) / sigma_data^2."""
+        if self.gamma is None:
+            return snr + self.sigma_data**-2
+        return snr.clamp(max=self.gamma) + (self.gamma / snr).clamp(max=1) * self.sigma_data**-2

@@ -9,7 +9,7 @@ from fasttrain_kernels.philox import Purpose, normal
 from torch import Tensor
 
 from fasttrain.cond import Cond, Nothing
-from fasttrain.diffusion.prediction import Prediction
+from fasttrain.diffusion.prediction import Prediction, given_scaled
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
 from fasttrain.sampling.asked import Asked
@@ -83,7 +83,8 @@ class Generator:
         """
         if not (1 <= count < DRAW and batch >= 1):
             raise UserError(f"cannot make {count} samples in batches of {batch}: give a count and a batch of at least 1")
-        model = guided(self.model, self.guidance, self.nothing, self.schedule.num_timesteps)
+        model = given_scaled(self.model, self.schedule, self.prediction)
+        model = guided(model, self.guidance, self.nothing, self.schedule.num_timesteps)
         for numbers, wanted in _shares(count, batch, rank, world_size):
             there = numbers.to(self.seed.device)
             cond = self.conditions(there)

@@ -74,7 +74,10 @@ def test_factors(target: str, alpha: float, sigma: float, factor: float) -> None
     assert weight_factor(TARGETS[target], *at).item() == pytest.approx(factor, abs=5e-4)
 
 
-@pytest.mark.parametrize(("target", "at_data", "at_noise"), [("x0", 1, 1), ("eps", 0, float("inf")), ("v", 0, 1), ("flow", 0, 1)])
+@pytest.mark.parametrize(
+    ("target", "at_data", "at_noise"),
+    [("x0", 1, 1), ("eps", 0, float("inf")), ("v", 0, 1), ("flow", 0, 1), ("edm", 0, 0.25)],
+)
 def test_factor_at_the_ends(target: str, at_data: float, at_noise: float) -> None:
     alpha, sigma = torch.tensor([1.0, 0.0]).double(), torch.tensor([0.0, 1.0]).double()
     assert weight_factor(TARGETS[target], alpha, sigma).tolist() == [at_data, at_noise]
