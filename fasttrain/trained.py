@@ -1,16 +1,16 @@
 """A trained network taken from a run: which weights, and the generator that samples from it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fasttrain.building import build_network
 from fasttrain.checkpoint import check_fits, kept, newest_sound, read_weights
 from fasttrain.config import RunConfig
-from fasttrain.data.index import Index
+from fasttrain.data.index import Index, VaeRecord
+from fasttrain.data.pretrained import pinned
 from fasttrain.engine.fragments import MASTER
 from fasttrain.engine.optimizer import ema_name
 from fasttrain.errors import UserError
@@ -20,7 +20,7 @@ from fasttrain.sampling import Sampler
 from fasttrain.sampling.generate import Generator
 from fasttrain.sampling.guidance import Guidance
 from fasttrain.transfer import Transfer, trained_shapes
-from fasttrain.visible import decoder
+from fasttrain.visible import Decoder, decoder
 
 RAW, UNTRAINED = "raw", "untrained"
 
@@ -85,18 +85,32 @@ class Trained:
         key = torch.tensor(seed, device=next(self.network.parameters()).device)
         return build_generator(self.config, self.index, self.network, sampler, guidance, key, wishes)
 
-    def decoder(self, vae: str | None) -> Callable[[Tensor], Tensor]:
-        """x0 -> images in [-1, 1]; `vae` overrides the run's data.vae.
+    def decoder(self, vae: str | None, revision: str | None = None) -> Decoder:
+        """x0 -> images in [-1, 1]; `vae`, of a hub id with its `revision`, overrides the run's data.vae.
 
         Raises:
-            UserError: the samples are latents and nobody says which VAE decodes them.
+            UserError: the samples are latents and nobody says which VAE decodes them, or at which revision; or they are pixels, and
+                somebody does; or the VAE is none for these latents.
         """
+        own = self.index.vae
+        if own is None and (vae, revision) != (None, None):
+            raise UserError(f"--vae, --vae-revision: the samples of {self.config.run_dir} are pixels, which none decodes: leave it out")
+        _check_revision(vae, revision, own)
         data = self.config.data if vae is None else self.config.data.model_copy(update={"vae": vae})
-        decode = decoder(self.index, data, next(self.network.parameters()).device)
+        decode = decoder(self.index, data, next(self.network.parameters()).device, revision)
         if decode is None:
-            assert self.index.vae is not None
-            raise UserError(f"the samples of {self.config.run_dir} are latents: give --vae, the hub id or folder of {self.index.vae.id!r}")
+            assert own is not None
+            raise UserError(f"the samples of {self.config.run_dir} are latents: give --vae, the hub id or folder of {own.id!r}")
         return decode
+
+
+def _check_revision(vae: str | None, revision: str | None, own: VaeRecord | None) -> None:
+    """Another hub id than the set's own needs a commit of its own."""
+    if revision is not None and (vae is None or Path(vae).is_dir()):
+        told = "give --vae too, the hub id that it is a commit of" if vae is None else f"{vae} is a folder, which has none: leave it out"
+        raise UserError(f"--vae-revision: {told}")
+    if vae is not None and (revision is not None or own is None or vae != own.id):
+        pinned("--vae", vae, revision, "an AutoencoderKL")
 
 
 def describe(config: RunConfig, weights: str) -> str:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from fasttrain.cli import main
 from fasttrain.cond import Cond
 from fasttrain.models import MODELS
+from fasttrain.sampling.generate import Generator
 from fasttrain.trained import Trained
 from fasttrain.versions import installed
 from tests.commands import fasttrain
@@ -259,6 +260,13 @@ def test_the_doctor_reports(capsys):
         (["--sampler", "ddim", "eta=2"], "eta must lie in [0, 1], got 2"),
         (["--guidance-interval", "0.8", "0.2"], "interval must be two fractions of T"),
         (["--control-guidance", "1.375"], "control guidance 1.375 needs a model with controls"),
+        (["--guidance-resolution", "2"], "--guidance-resolution: it multiplies --guidance, which is 1"),
+        (["--guidance-resolution", "2", "--control-guidance", "2"], "--guidance-resolution: it multiplies --guidance, which is 1"),
+        (["--guidance-interval", "0.2", "0.8"], "--guidance-interval: there is no guidance to limit"),
+        (["--guidance", "0", "--control-guidance", "2"], "--control-guidance: at --guidance 0"),
+        (["--guidance", "0.5", "--guidance-resolution", "2", "--control-guidance", "2"], "--control-guidance: at --guidance 0.5 and"),
+        (["--vae", "somewhere"], "--vae, --vae-revision: the samples of"),
+        (["--vae-revision", "a" * 40], "are pixels, which none decodes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -267,11 +275,24 @@ def test_sample_names_what_cannot_be(run, tmp_path, capsys, more, named):
     assert named in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before anything is sampled."""
+    monkeypatch.setattr(Generator, "_sample", lambda *_: pytest.fail("sampled"))
+
+
+@pytest.mark.usefixtures("no_samples")
 def test_a_score_needs_images_of_the_samples_shape(run, tmp_path, capsys, small_images: Callable[[int], Path]):
-    assert main(["evaluate", str(run), "--reference", str(small_images(16)), "--count", "10", *FAST, "--out", str(tmp_path / "s")]) == 2
-    assert "samples are images (8, 8, 1), the reference holds (16, 16, 3)" in capsys.readouterr().err and not (tmp_path / "s").exists()
+    command = ["evaluate", str(run), "--reference", str(small_images(16)), "--count", "10", *FAST, "--out", str(tmp_path / "s")]
+    assert main(command) == 2
+    assert "samples are images (8, 8, 1), the reference holds (16, 16, 3)" in capsys.readouterr().err
+    assert main([*command, "--size", "8"]) == 2
+    assert "--size 8:" in (told := capsys.readouterr().err) and "was prepared at 16 and is compared as it is" in told
+    assert main([*command, "--size", "16"]) == 2 and "samples are images (8, 8, 1)" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.usefixtures("no_samples")
 def test_a_reference_made_elsewhere_is_read_at_the_size_that_is_asked_for(run: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
     command = ["evaluate", str(run), "--reference", str(write_set(tmp_path / "set", [20])), "--count", "10", *FAST]

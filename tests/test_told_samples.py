@@ -42,7 +42,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sampled(run: Path, out: Path, *arguments: str, count: int = 6) -> tuple[np.ndarray, list[str]]:
     """The images and their captions."""
     assert main(["sample", str(run), "--out", str(out), "--count", str(count), *FAST, *arguments]) == 0
-    return np.load(out / "samples.npz")["arr_0"], (out / "captions.txt").read_text().splitlines()
+    stored = np.load(out / "samples.npz")
+    assert stored.files == ["arr_0"], "captions are no classes"
+    return stored["arr_0"], (out / "captions.txt").read_text().splitlines()
 
 
 def refusal(run: Path, out: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -116,7 +118,7 @@ def test_a_score_keeps_what_was_asked_for(run, tmp_path):
     how = ("--guidance", "2", "--control-guidance", "1.5", "--guidance-interval", "0.1", "0.9", "--control", "flip=1")
     reference = str(run.parent / "set")
     assert main(["evaluate", str(run), "--reference", reference, "--count", "20", *FAST, *how, "--out", str(tmp_path)]) == 0
-    protocol = json.loads(next(tmp_path.glob("step-*-ema-pixels.json")).read_text())["protocol"]
+    protocol = json.loads(next(tmp_path.glob("step-*-raw-pixels.json")).read_text())["protocol"]
     assert protocol["sampler"] == {"name": "euler", "steps": 4, "spacing": "trailing"}
     assert protocol["guidance"] == {"scale": 2.0, "controls": 1.5, "interval": [0.1, 0.9], "resolution": 1.0}
     conditions = protocol["conditions"]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fasttrain.checkpoint import steps_of
 from fasttrain.commands.generating import (
     TIMEOUT_SECONDS,
+    Drawing,
     add_generation_arguments,
     draw,
     guidance_of,
@@ -57,6 +58,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size"
         )
+    if reference.index.layout == "arrays" and args.size not in (None, reference.index.pixels):
+        told = f"{args.reference} was prepared at {reference.index.pixels} and is compared as it is; --size is for shards made elsewhere"
+        raise UserError(f"--size {args.size}: {told}: leave it out, or prepare a reference with `fasttrain prepare images --size`")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
         for weights, step in processes.from_main(_asked(args) if processes.is_main else None):
             _score(args, weights, Trained.load(args.run, weights, processes.device, step), reference, processes)
@@ -77,6 +81,7 @@ def _step(given: str) -> int:
 
 def _score(args: argparse.Namespace, weights: str, trained: Trained, reference: ShardSet, processes: Processes) -> None:
     drawing = draw(trained, args, processes, wishes_of(args))
+    _check_shape(args, drawing, reference)
     parts = processes.gather_to_main([made.images for made in drawing.batches])
     if not processes.is_main:
         return
@@ -89,7 +94,7 @@ def _score(args: argparse.Namespace, weights: str, trained: Trained, reference: 
         guidance=guidance_of(args).plain(),
         conditions=drawing.asked.described(),
         seed=args.seed,
-        vae=trained.index.vae.id if trained.index.vae else None,
+        vae=drawing.vae.model_dump(include={"id", "revision", "xxh3"}, exclude_none=True) if drawing.vae else None,
     )
     images = [batch for part in parts for batch in part]
     score = evaluate(images, _images(reference), FEATURES.build(args.features), protocol)
@@ -106,6 +111,14 @@ def _score(args: argparse.Namespace, weights: str, trained: Trained, reference: 
         f"Frechet distance {score.frechet_distance:.4f} ({args.features}; {score.samples} samples of the {trained.weights} weights "
         f"at step {trained.step}, {score.reference_samples} reference images): {out}"
     )
+
+
+def _check_shape(args: argparse.Namespace, drawing: Drawing, reference: ShardSet) -> None:
+    """Raises UserError, before anything is sampled, where the images cannot be compared."""
+    channels, height, width = reference.index.x0_shape
+    if drawing.shape != (height, width, channels):
+        told = f"samples are images {drawing.shape}, the reference holds {(height, width, channels)} (H, W, C)"
+        raise UserError(f"--reference {args.reference}: {told}: give a reference of the same shape")
 
 
 def _images(shards: ShardSet) -> Iterator[NDArray[np.uint8]]:

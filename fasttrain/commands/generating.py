@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from fasttrain.data.index import VaeRecord
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
 from fasttrain.generation import Wishes
@@ -29,14 +30,16 @@ class Made(NamedTuple):
     """Samples as images."""
 
     numbers: NDArray[np.int64]  # [n]
-    labels: NDArray[np.int64]  # [n]
+    labels: NDArray[np.int64] | None  # [n]; None where the model is told no classes
     images: NDArray[np.uint8]  # [n, H, W, C]
 
 
 class Drawing(NamedTuple):
-    """Samples to be made, and what they are asked to show."""
+    """Samples to be made, what they are asked to show, and what makes images of them."""
 
     asked: Asked
+    shape: tuple[int, int, int]  # (H, W, C) of an image
+    vae: VaeRecord | None  # that decodes them; None for pixels
     batches: Iterator[Made]  # of this rank, in increasing order of number
 
 
@@ -64,6 +67,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> Non
         help="what the model is told of an image's making, as in `size=512,512 crop=0,0 flip=0 aspect=0` (100 log2(width / height))",
     )
     parser.add_argument("--vae", help="hub id or folder that decodes latents (default: the run's data.vae)")
+    parser.add_argument("--vae-revision", metavar="COMMIT", help="of a hub id (default: that of the set's own)")
     parser.add_argument(
         "--sampler",
         nargs="+",
@@ -106,7 +110,7 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
 
 
 def guidance_of(args: argparse.Namespace) -> Guidance:
-    """The guidance that is asked for. Raises UserError for values that cannot be."""
+    """The guidance that is asked for. Raises UserError for values that cannot be, or that change nothing."""
     asked: Mapping[str, Any] = {
         "scale": args.guidance,
         "controls": args.control_guidance,
@@ -114,9 +118,22 @@ def guidance_of(args: argparse.Namespace) -> Guidance:
         "resolution": args.guidance_resolution,
     }
     try:
-        return read_guidance(asked)
+        guidance = read_guidance(asked)
     except ValueError as error:
         raise UserError(f"--guidance, --control-guidance, --guidance-interval, --guidance-resolution: {error}") from None
+    _check_leads(guidance)
+    return guidance
+
+
+def _check_leads(guidance: Guidance) -> None:
+    """Raises UserError where a number is given that has nothing to act on."""
+    if guidance.resolution != 1 and guidance.scale == 1:
+        raise UserError("--guidance-resolution: it multiplies --guidance, which is 1 (none): give --guidance too, or leave it out")
+    if guidance.interval != (0, 1) and guidance.scale == guidance.controls == 1:
+        raise UserError("--guidance-interval: there is no guidance to limit: give --guidance or --control-guidance too, or leave it out")
+    if guidance.controls != 1 and guidance.strength == 0:
+        at = f"--guidance {guidance.scale:g}{f' and --guidance-resolution {guidance.resolution:g}' if guidance.scale else ''}"
+        raise UserError(f"--control-guidance: at {at} the model is told no conditions, which could lead it: give another, or leave it out")
 
 
 def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wishes:
@@ -141,7 +158,9 @@ def draw(trained: Trained, args: argparse.Namespace, processes: Processes, wishe
         UserError: what is asked for cannot be.
     """
     generator = trained.generator(sampler_of(args), guidance_of(args), args.seed, wishes)
-    decode = trained.decoder(args.vae)
+    decode = trained.decoder(args.vae, args.vae_revision)
+    channels, side, classes = trained.config.model.geometry()
+    classes = 0 if generator.conditions.prompts is not None else classes
     if processes.is_main:
         tell_passed_over(trained)
 
@@ -155,9 +174,10 @@ def draw(trained: Trained, args: argparse.Namespace, processes: Processes, wishe
                 world_size=processes.world_size,
                 progress=lambda n: progress.advance(task, n * processes.world_size),
             ):
-                yield Made(samples.number.numpy(), _labels(samples), to_uint8(decode(samples.x0)))
+                yield Made(samples.number.numpy(), _labels(samples) if classes else None, to_uint8(decode(samples.x0)))
 
-    return Drawing(generator.conditions, batches())
+    vae = decode.latents[0].record if decode.latents else None
+    return Drawing(generator.conditions, decode.image_shape(channels, side), vae, batches())
 
 
 def _labels(samples: Samples) -> NDArray[np.int64]:

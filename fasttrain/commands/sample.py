@@ -41,11 +41,11 @@ def _all(drawing: Drawing, processes: Processes) -> Made:
     """All samples in order of their numbers, on rank 0; empty elsewhere."""
     parts = [part for share in processes.gather_to_main(list(drawing.batches)) for part in share]
     if not parts:
-        empty = np.zeros(0, np.int64)
-        return Made(empty, empty, np.zeros((0, 1, 1, 1), np.uint8))
-    numbers, labels, images = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        return Made(np.zeros(0, np.int64), None, np.zeros((0, 1, 1, 1), np.uint8))
+    numbers, images = (np.concatenate(arrays) for arrays in ([part.numbers for part in parts], [part.images for part in parts]))
     order = np.argsort(numbers)
-    return Made(numbers[order], labels[order], images[order])
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Made(numbers[order], np.concatenate(labels)[order] if labels else None, images[order])
 
 
 def _write(out: Path, asked: Asked, made: Made) -> None:

@@ -28,7 +28,7 @@ class Protocol:
         checkpoint_step: optimizer steps behind the weights; weights: which ones, e.g. "raw" or "ema 500000 images".
         sampler: spec of the sampler with its steps; guidance: its scale, or all of its numbers where there is more; seed: of the samples.
         conditions: what the samples were asked to show by turns: classes, or captions and their digest; controls.
-        vae: name, revision and scale of the decoder of latents, or None for pixels.
+        vae: which autoencoder decoded the samples: id, with its revision or the digest of its folder (xxh3); None for pixels.
         versions: of what computed it.
     """
 
@@ -40,7 +40,7 @@ class Protocol:
     guidance: float | Mapping[str, Any]
     seed: int
     conditions: Mapping[str, Any] = field(default_factory=dict)
-    vae: str | None = None
+    vae: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=versions)
 
 

@@ -33,9 +33,9 @@ def _of_model(fitting: Fitting) -> Iterator[str]:
         if key not in EXPLAINED and fitting.differs(key):
             was, now = shown(theirs[key]), shown(ours[key])
             yield f"model.{key} is {was} there and {now} here, so the network computes something else; model.{key}={was} would keep it"
-    for key, now in ALWAYS.items():
-        if key not in ours and theirs.get(key, now) != now:
-            told = f"model.{key} is {shown(theirs[key])} there, and {now} in every {ours['name']}"
+    for key, fixed in ALWAYS.items():
+        if key not in ours and theirs.get(key, fixed) != fixed:
+            told = f"model.{key} is {shown(theirs[key])} there, and {fixed} in every {ours['name']}"
             yield f"{told}, so the network computes something else: the weights have to learn it"
     if "heads" not in theirs:
         yield f"the file does not say its number of heads: that it is {ours['heads']} is this config's word"

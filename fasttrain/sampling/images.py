@@ -72,10 +72,13 @@ def save_pngs(folder: Path, numbers: Iterable[int], images: Images) -> None:
         write_whole(folder / f"{number:06d}.png", _png(image))
 
 
-def save_npz(path: Path, images: Images, labels: NDArray[np.int64]) -> None:
-    """Writes `arr_0` (uint8 [n, H, W, C]) and `labels` (int64 [n]): the sample batch of ADM's evaluation."""
+def save_npz(path: Path, images: Images, labels: NDArray[np.int64] | None) -> None:
+    """Writes `arr_0` (uint8 [n, H, W, C]) and, where there are classes, `labels` (int64 [n]): the sample batch of ADM's evaluation."""
     buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, labels=labels)
+    if labels is None:
+        np.savez(buffer, arr_0=images)
+    else:
+        np.savez(buffer, arr_0=images, labels=labels)
     write_whole(path, buffer.getbuffer())
 
 

@@ -60,4 +60,7 @@ def test_files_read_back(tmp_path: Path, channels: int) -> None:
     with np.load(tmp_path / "samples.npz") as stored:
         assert np.array_equal(stored["arr_0"], images) and stored["arr_0"].dtype == np.uint8
         assert stored["labels"].tolist() == [1, 2, 0]
+    save_npz(tmp_path / "unlabelled.npz", images, None)
+    with np.load(tmp_path / "unlabelled.npz") as stored:
+        assert stored.files == ["arr_0"] and np.array_equal(stored["arr_0"], images)
     assert not list(tmp_path.rglob("*.tmp"))

@@ -139,8 +139,8 @@ class TextTable:
         if (text.samples, text.digests_xxh3) != (index.samples, index.digests_xxh3):
             told = f"belongs to another set ({text.samples:,} samples there, {index.samples:,} here, or in another order)"
             raise UserError(f"{files.place}: {told}; run `fasttrain prepare text` for this set")
-        if told := text.made_of.changed(index):
-            raise UserError(f"{files.place}: is of the set as it was: {told}; delete it and run `fasttrain prepare text` again")
+        if why := text.made_of.changed(index):
+            raise UserError(f"{files.place}: is of the set as it was: {why}; delete it and run `fasttrain prepare text` again")
         rows = read_column(files, ROWS_FILE, text.rows_xxh3, np.int64, (text.samples,))
         first = read_column(files, FIRST_FILE, text.first_xxh3, np.int64, (text.captions + 1,))
         return cls(files, text, xxh3, rows, first, config)
