@@ -1,15 +1,18 @@
-"""The project's own commands in experiments that fit a CPU: each in a process of its own, all within a bound of time."""
+"""The project's own commands in experiments: each in a process of its own, within a bound of time, and gone with who asked for it."""
 
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +21,14 @@ from fasttrain.cli import main
 
 _server = multiprocessing.get_context("forkserver")
 # What every command imports, once for all of them.
-IMPORTED = ["deepspeed", "fasttrain.trainer", "fasttrain.data.vae", "fasttrain.commands.train", "fasttrain.commands.sample"]
+IMPORTED = [
+    "deepspeed",
+    "fasttrain.trainer",
+    "fasttrain.data.vae",
+    *(f"fasttrain.commands.{command}" for command in ("train", "sample", "evaluate")),
+]
 MOST_SHOWN = 4000  # characters of what a failed command printed
+GRACE = 60.0  # seconds in which a command whose time is up may save
 
 
 class TimeIsUp(Exception):
@@ -28,6 +37,17 @@ class TimeIsUp(Exception):
 
 class CommandFailed(Exception):
     """A command's status was not 0; the message holds what it printed."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+class Spent(NamedTuple):
+    """Seconds that a command took: by the clock, and of its own on processors (0 where it did not live to tell)."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 @dataclass
@@ -59,25 +79,39 @@ class Laboratory:
         """Until the end, at least 0."""
         return max(0.0, 60 * self.minutes - self.seconds)
 
-    def command(self, *arguments: str | Path, about: str) -> None:
+    def command(
+        self, *arguments: str | Path, about: str, launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> Spent:
         """Runs `fasttrain *arguments` on one thread, from the repository's root; prints one line when it is done.
 
+        Args:
+            launcher: the words to start it with in a program of its own, such as `deepspeed --module fasttrain`; none: forked, in a second.
+            environment: variables to set for it.
+
         Raises:
-            TimeIsUp: it was not done in time, and was ended.
+            TimeIsUp: no time is left, or it was not done in time: it was told to save and end, and after `GRACE` seconds ended.
             CommandFailed: its status was not 0.
         """
+        if not self.seconds_left:
+            raise TimeIsUp(f"{about}: not begun after {self.seconds:.0f} s of the experiment")
         began, log = time.monotonic(), self._log(about)
-        process = _server.Process(target=_run, args=([str(argument) for argument in arguments], log))
+        ours, theirs = _server.Pipe()
+        words = [str(argument) for argument in arguments]
+        process = _server.Process(target=_run, args=(words, log, list(launcher), dict(environment or {}), theirs))
         process.start()
+        theirs.close()
         process.join(self.seconds_left)
         if process.exitcode is None:
+            process.terminate()
+            process.join(GRACE)
             process.kill()
             process.join()
             raise TimeIsUp(f"{about}: not done after {self.seconds:.0f} s of the experiment")
         if process.exitcode:
             printed = log.read_text(errors="replace")[-MOST_SHOWN:]
-            raise CommandFailed(f"fasttrain {' '.join(map(str, arguments))}: status {process.exitcode}\n{printed}")
+            raise CommandFailed(f"fasttrain {' '.join(words)}: status {process.exitcode}\n{printed}", process.exitcode)
         print(f"{self.seconds:6.0f} s  {about} ({time.monotonic() - began:.0f} s)", flush=True)
+        return Spent(time.monotonic() - began, ours.recv() if ours.poll() else 0.0)
 
     def _log(self, about: str) -> Path:
         with self._lock:
@@ -97,10 +131,37 @@ def overrides(**values: Any) -> list[str]:
     return [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
 
 
-def _run(arguments: list[str], log: Path) -> None:
+def _run(words: list[str], log: Path, launcher: list[str], environment: dict[str, str], asker: Connection) -> None:
+    """A command's process, which ends when the process that asked for it is gone."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
+    os.environ.update(environment)
+    status = _launched(launcher + words, asker) if launcher else _here(words, asker)
+    spent = os.times()
+    asker.send(spent.user + spent.system + spent.children_user + spent.children_system)
+    sys.exit(status)
+
+
+def _here(words: list[str], asker: Connection) -> int:
+    _when_gone(asker, lambda: os.kill(os.getpid(), signal.SIGKILL))
     torch.set_num_threads(1)
-    sys.exit(main(arguments))
+    return main(words)
+
+
+def _launched(words: list[str], asker: Connection) -> int:
+    process = subprocess.Popen(words)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    _when_gone(asker, process.terminate)
+    return process.wait()
+
+
+def _when_gone(asker: Connection, do: Callable[[], None]) -> None:
+    """Calls when the other end of a pipe is closed, by whatever ended the process that held it."""
+
+    def watch() -> None:
+        asker.poll(None)  # nothing is ever sent this way: what can be read is the end
+        do()
+
+    threading.Thread(target=watch, daemon=True).start()

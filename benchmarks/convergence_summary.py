@@ -1,0 +1,182 @@
+"""What a comparison found so far: curves, images to each threshold, speed-ups with their intervals, from its folder alone."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.convergence_presets import Group, Preset, Run
+from benchmarks.convergence_statistics import Curve, Point, SpeedUp, images_to, mean_of, speed_up, thresholds_of
+from benchmarks.convergence_work import UNTRAINED, Folder, scores_in
+
+BEST = "best"
+FASTER, SLOWER, UNDECIDED, DIVERGED = "faster", "slower", "undecided", "the other diverged"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A whole run.
+
+    Attributes:
+        scores: by images, then by weights; not finite where they could not be computed.
+        untrained: the score of the network before its first step, where it was taken.
+        ended: by divergence, as its training told.
+    """
+
+    scores: Mapping[float, Mapping[str, float]]
+    untrained: float | None
+    ended: bool
+
+    def curve(self, weights: str) -> Curve:
+        """Its scores with these weights, or at each point with the best of them.
+
+        It diverged where its training did, or where its last score is not finite, or no better than before the first step.
+        """
+        points = [Point(images, self._score(by_weights, weights)) for images, by_weights in sorted(self.scores.items())]
+        last = points[-1].score if points else math.inf
+        lost = not math.isfinite(last) or (self.untrained is not None and last >= self.untrained)
+        return Curve(tuple(points), self.ended or lost)
+
+    def best_weights(self) -> str | None:
+        """Which weights have the last point's best score."""
+        if not self.scores:
+            return None
+        last = self.scores[max(self.scores)]
+        return min(last, key=lambda weights: _finite(last[weights]))
+
+    def _score(self, by_weights: Mapping[str, float], weights: str) -> float:
+        return _finite(min(map(_finite, by_weights.values())) if weights == BEST else by_weights[weights])
+
+
+def _finite(score: float | None) -> float:
+    return score if score is not None and math.isfinite(score) else math.inf
+
+
+def scored(folder: Folder, preset: Preset, run: Run) -> Scored | None:
+    """A run's scores; None while it is not whole."""
+    ending = folder.ending(run)
+    if ending is None:
+        return None
+    found = scores_in(folder.scores(run))
+    scores = {
+        float(step * preset.batch): {name: _finite(found[step][name]["frechet_distance"]) for name in preset.score.weights}
+        for step in preset.points
+        if step in found
+    }
+    untrained = found.get(0, {}).get(UNTRAINED)
+    return Scored(scores, None if untrained is None else untrained["frechet_distance"], ending["diverged"])
+
+
+def summary(folder: Folder, preset: Preset) -> dict[str, Any]:
+    """Everything that is whole: seeds of which every arm of a group is done."""
+    groups = {name: group for name in preset.groups if (group := _group(folder, preset, name)) is not None}
+    runs = list(preset.runs())
+    done = [run for run in runs if folder.ending(run) is not None]
+    return {
+        "runs": len(runs),
+        "runs_done": len(done),
+        "batch": preset.batch,
+        "groups": groups,
+        "noise": noise(folder, preset),
+        "protocol": _protocol(folder, done),
+        **_spent(folder, done),
+    }
+
+
+def _group(folder: Folder, preset: Preset, name: str) -> dict[str, Any] | None:
+    group = preset.groups[name]
+    runs = {seed: {arm: scored(folder, preset, Run(name, arm, seed)) for arm in group.arms} for seed in range(preset.seeds)}
+    whole = {seed: _all_there(by_arm) for seed, by_arm in runs.items() if all(by_arm.values())}
+    if not whole:
+        return None
+    by_arm = {arm: [whole[seed][arm] for seed in whole] for arm in group.arms}
+    lengths = {arm: [run.best_weights() for run in some] for arm, some in by_arm.items()}
+    return {
+        "baseline": group.baseline,
+        "contender": group.contender,
+        "seeds": list(whole),
+        BEST: _analysis(preset, group, by_arm, BEST),
+        "fixed": {"weights": preset.score.fixed, **_analysis(preset, group, by_arm, preset.score.fixed)},
+        "best_weights": lengths,
+    }
+
+
+def _all_there(by_arm: Mapping[str, Scored | None]) -> dict[str, Scored]:
+    return {arm: run for arm, run in by_arm.items() if run is not None}
+
+
+def _analysis(preset: Preset, group: Group, by_arm: Mapping[str, Sequence[Scored]], weights: str) -> dict[str, Any]:
+    """Thresholds, speed-ups and final scores with one choice of weights."""
+    curves = {arm: [run.curve(weights) for run in runs] for arm, runs in by_arm.items()}
+    thresholds = thresholds_of(curves[group.baseline], preset.steps * preset.batch, preset.thresholds)
+    ups = {arm: [speed_up(some, curves[group.baseline], threshold) for threshold in thresholds] for arm, some in curves.items()}
+    rivals = {
+        arm: [speed_up(curves[group.contender], some, threshold) for threshold in thresholds]
+        for arm, some in curves.items()
+        if arm != group.contender
+    }
+    return {
+        "thresholds": thresholds,
+        "arms": {arm: _arm(some, thresholds, ups[arm]) for arm, some in curves.items()},
+        "contender_over": {arm: [{**up.plain(), "verdict": verdict(up, curves[arm])} for up in some] for arm, some in rivals.items()},
+    }
+
+
+def _arm(curves: Sequence[Curve], thresholds: Sequence[float], ups: Sequence[SpeedUp]) -> dict[str, Any]:
+    needed = [[images_to(curve, threshold) for curve in curves] for threshold in thresholds]
+    finals = [curve.points[-1].score for curve in curves if not curve.diverged]
+    mean = mean_of(finals) if finals else None
+    return {
+        "curves": [[[point.images, _plain(point.score)] for point in curve.points] for curve in curves],
+        "diverged": sum(curve.diverged for curve in curves),
+        "images_to": [[None if span is None else [_plain(end) for end in span] for span in spans] for spans in needed],
+        "speed_up": [up.plain() for up in ups],
+        "final": None if mean is None else {"mean": mean.value, "interval": mean.interval},
+    }
+
+
+def verdict(up: SpeedUp, rival: Sequence[Curve]) -> str:
+    """Whether the contender is shown to need fewer images: its interval lies on one side of 1, or all that is known does."""
+    if up.pairs == 0:
+        return DIVERGED if all(curve.diverged for curve in rival) else UNDECIDED
+    low, high = up.interval or (up.at_least or 0.0, up.at_most or math.inf)
+    if up.value is not None and up.interval is None:
+        return UNDECIDED  # one pair
+    return FASTER if low > 1 else SLOWER if high < 1 else UNDECIDED
+
+
+def noise(folder: Folder, preset: Preset) -> dict[str, Any] | None:
+    """How much a score moves when only the samples' seed changes: the floor below which no difference of two scores means anything."""
+    name, group = next(iter(preset.groups.items()))
+    run = Run(name, group.baseline, 0)
+    found = [
+        found[preset.steps][preset.score.fixed] for path in sorted(folder.noise(run, 0).parent.glob("*")) if (found := scores_in(path))
+    ]
+    scores = [score["frechet_distance"] for score in found]
+    if len(scores) < 2:
+        return None
+    deviation = statistics.stdev(map(math.log, scores))
+    return {"run": run.name, "step": preset.steps, "weights": preset.score.fixed, "scores": scores, "relative_deviation": deviation}
+
+
+def _protocol(folder: Folder, done: Sequence[Run]) -> dict[str, Any] | None:
+    """The protocol of one score, as `fasttrain evaluate` saved it: all but step, weights and seed is every score's."""
+    for run in done:
+        for by_weights in scores_in(folder.scores(run)).values():
+            return next(iter(by_weights.values()))
+    return None
+
+
+def _spent(folder: Folder, done: Sequence[Run]) -> dict[str, Any]:
+    commands = [command for run in done for command in folder.seconds(run)]
+    return {
+        "run_hours": sum(command["seconds"] for command in commands) / 3600,
+        "cpu_hours": sum(command["cpu_seconds"] for command in commands) / 3600,
+        "gpu_hours": sum(command["seconds"] * command["devices"] for command in commands) / 3600,
+        "training_hours": sum(command["seconds"] for command in commands if command["what"] == "train") / 3600,
+    }
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
