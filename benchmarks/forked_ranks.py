@@ -1,6 +1,6 @@
 """Real ranks of `fasttrain train CONFIG` for fault trials, each a process of its own that announces what it does.
 
-The processes are forked from a server that has imported torch and DeepSpeed once, so that a start takes a second instead of six.
+The processes are forked from a server that has imported once what a training needs, so that a start takes a second instead of six.
 From there on everything is the command's own: its process group, its signals, its exit status.
 """
 
@@ -21,16 +21,16 @@ import torch
 
 from benchmarks.moments import SAVING, TRAINING, Moment, announce
 from fasttrain.cli import main
+from tests.ranks import PRELOADED
 
 _server = multiprocessing.get_context("forkserver")
-IMPORTED = ["deepspeed", "fasttrain.trainer", "fasttrain.data.vae"]
 
 
 class Rank:
     """One rank of a run: its process, and the moments that it has announced."""
 
     def __init__(self, number: int, world_size: int, port: int, config: Path, out: Path):
-        _server.set_forkserver_preload(IMPORTED)
+        _server.set_forkserver_preload(PRELOADED)
         reader, writer = _server.Pipe(duplex=False)
         self.number, self.out = number, out
         self.process = _server.Process(target=_run, args=(number, world_size, port, config, out, os.getcwd(), writer))

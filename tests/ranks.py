@@ -27,9 +27,10 @@ IMPORTED_LATE = [
     "rich._emoji_codes",
 ]
 IMPORTED = ["deepspeed", "fasttrain.trainer", "fasttrain.data.vae", "fasttrain.commands.train", "fasttrain.commands.sample", "pytest"]
+PRELOADED = [*IMPORTED, *IMPORTED_LATE, "tests.frozen"]
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([*IMPORTED, *IMPORTED_LATE, "tests.frozen"])
+_server.set_forkserver_preload(PRELOADED)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
