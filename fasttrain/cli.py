@@ -1,4 +1,4 @@
-"""The command line: `fasttrain prepare | train | replay | sample | evaluate | export | doctor`."""
+"""The command line: `fasttrain prepare | train | replay | sample | evaluate | analyse | export | doctor`."""
 
 import argparse
 import errno
@@ -25,6 +25,13 @@ SOURCES = {
     "images": ("fasttrain.data.prepare.images", "a tree of class folders, a tar of one, or WebDataset shards"),
     "latents": ("fasttrain.data.prepare.latents", "the same, encoded by a VAE"),
     "text": ("fasttrain.data.prepare.text", "the captions of a set, encoded by a text encoder"),
+}
+ANALYSES = {
+    "gradients": ("fasttrain.commands.analyses.gradients", "how the gradients of timestep ranges agree and conflict"),
+    "pareto": ("fasttrain.commands.analyses.pareto", "how near each weighting comes to the Pareto optimum of its gradients"),
+    "instability": ("fasttrain.commands.analyses.instability", "how UGD's weights vary with the samples behind them, and what they cost"),
+    "ranges": ("fasttrain.commands.analyses.ranges", "the unweighted loss of each timestep range over training"),
+    "finetune": ("fasttrain.commands.analyses.finetune", "what training on one range of timesteps does to all others"),
 }
 
 
@@ -93,8 +100,10 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn images into shards, and their captions into text for training")
     sources = prepare.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    analyse = commands.add_parser("analyse", help="look at what a run learns: conflict between timesteps, Pareto weights and more")
+    analyses = analyse.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
     own, _ = _divided(given)
-    for group, entries in ((commands, COMMANDS), (sources, SOURCES)):
+    for group, entries in ((commands, COMMANDS), (sources, SOURCES), (analyses, ANALYSES)):
         for name, (module, told) in entries.items():
             _add(group.add_parser(name, help=told, description=told), module, wanted=name in own)
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fasttrain.cli import COMMANDS, SOURCES, main
+from fasttrain.cli import ANALYSES, COMMANDS, SOURCES, main
 from fasttrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +30,14 @@ def usage(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 
 def test_help_lists_every_command(capsys):
     status, text = usage(capsys, "--help")
-    assert status == 0 and all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in ("prepare", *COMMANDS))
+    assert status == 0 and all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in ("prepare", "analyse", *COMMANDS))
 
 
-@pytest.mark.parametrize("command", [(name,) for name in COMMANDS] + [("prepare", name) for name in SOURCES], ids="-".join)
+@pytest.mark.parametrize(
+    "command",
+    [(name,) for name in COMMANDS] + [("prepare", name) for name in SOURCES] + [("analyse", name) for name in ANALYSES],
+    ids="-".join,
+)
 def test_every_command_explains_its_arguments(capsys, command):
     status, text = usage(capsys, *command, "--help")
     assert status == 0 and "--debug" in text and f"usage: fasttrain {' '.join(command)}" in text
@@ -49,7 +53,7 @@ def test_asking_for_help_does_not_wait_for_torch():
         )
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    for arguments in ([], ["prepare"], ["doctor"]):
+    for arguments in ([], ["prepare"], ["analyse"], ["doctor"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments, "--help"], env=environment, capture_output=True, text=True, check=True
         )

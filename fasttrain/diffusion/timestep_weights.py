@@ -134,7 +134,7 @@ class Pareto:
     samples: int = 64
     regularisation: float = 0.1
     iterations: int = 250
-    rate: float = 10.0
+    rate: float = 30.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.ranges <= MOST_RANGES:

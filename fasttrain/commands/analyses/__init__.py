@@ -1,0 +1,1 @@
+"""The sub-commands of `fasttrain analyse`: a module each, listed in `cli.ANALYSES`."""

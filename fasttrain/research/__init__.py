@@ -1,0 +1,1 @@
+"""Looks at what training does: conflict between timesteps, Pareto weights, and the loss landscape."""
