@@ -1,5 +1,6 @@
 """The ways to update: each computes the same, is refused where it cannot run, and reads the others' checkpoints, offloaded or not."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from tests.runs import plain_config, trace, zero
 CPU = torch.device("cpu")
 STEPS = 3
 SIZES = (40, 7)
+BUILD = "python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()'"
 
 
 class ByGroup(torch.optim.Optimizer):
@@ -163,15 +165,18 @@ def test_an_offloaded_run_continues_as_one_that_is_not(stage: int, tmp_path: Pat
 
 
 def cpu_adam_is_built() -> bool:
+    """From this installation's sources: what another environment built is built anew at its first use."""
     from torch.utils.cpp_extension import _get_build_directory
 
-    return any(Path(_get_build_directory("cpu_adam", verbose=False)).glob("cpu_adam*.so"))
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    sources = Path(importlib.util.find_spec("deepspeed").origin).parent  # type: ignore[union-attr,arg-type]
+    return any(folder.glob("cpu_adam*.so")) and str(sources) in (folder / "build.ninja").read_text()
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeeds_cpu_adam_continues_our_run(stage: int, tmp_path: Path, digits: Path) -> None:
     if not cpu_adam_is_built():
-        pytest.skip("DeepSpeed's CPU Adam is not built; its first use builds it, for minutes: fasttrain train with an offloaded optimizer")
+        pytest.skip(f"DeepSpeed's CPU Adam is not built; {BUILD} builds it, in minutes")
     offloaded = _config(tmp_path, digits, offload(stage), "fasttrain")
     plain = _config(tmp_path, digits, zero(stage), "fasttrain")
     started, with_theirs, with_ours = run_ranks(2, _resumed, plain, [offloaded, plain])[0]
@@ -181,6 +186,6 @@ def test_deepspeeds_cpu_adam_continues_our_run(stage: int, tmp_path: Path, digit
 
 def test_what_cpu_adam_is_told_as(capsys: pytest.CaptureFixture[str]) -> None:
     if not cpu_adam_is_built():
-        pytest.skip("DeepSpeed's CPU Adam is not built; its first use builds it, for minutes")
+        pytest.skip(f"DeepSpeed's CPU Adam is not built; {BUILD} builds it, in minutes")
     assert deepspeed_adam(CPU, offloaded=True).describe() == "DeepSpeed CPU Adam (offloaded), averages in torch"
     assert "DeepSpeed compiles it where it has not been yet" in capsys.readouterr().out
