@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fasttrain.cli import main
 from tests.ranks import _server, free_port
 
 
@@ -57,6 +59,11 @@ def living(world_size: int, folder: Path, function: Callable[..., Any], *argumen
         for process in ranks.processes:
             process.kill()
             process.join()
+
+
+def command(*arguments: str | Path) -> None:
+    """`fasttrain *arguments`, for `living`."""
+    sys.exit(main([str(argument) for argument in arguments]))
 
 
 def _rank(rank: int, world_size: int, port: int, output: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -13,6 +13,9 @@ from tests.runs import GLOBAL_BATCH, merged, plain_config, traces, zero
 STEPS = 20
 STAGES = (0, 1, 2, 3)
 ACCUMULATIONS = (1, 4)
+# Two ranks run every stage with either accumulation. With one and with four, a stage has one of them: so each stage, world size and
+# accumulation still meets each value of the other two.
+SETTINGS = {2: tuple(itertools.product(STAGES, ACCUMULATIONS)), 1: ((0, 1), (1, 4), (2, 1), (3, 4)), 4: ((0, 4), (1, 1), (2, 4), (3, 1))}
 # Sums of fp32 numbers in another order: the loss of 20 steps moves in its last bits, the weights a little more.
 LOSS_ROUNDING = 5e-6
 
@@ -26,7 +29,7 @@ def _raws(tmp_path: Path, digits: Path, world_size: int) -> list[dict[str, Any]]
             training={"micro_batch": GLOBAL_BATCH // (world_size * accumulation), "clip": 1.0},
             deepspeed=zero(stage),
         )
-        for stage, accumulation in itertools.product(STAGES, ACCUMULATIONS)
+        for stage, accumulation in SETTINGS[world_size]
     ]
 
 
@@ -50,7 +53,7 @@ def test_every_position_is_drawn_once_and_the_loss_falls(reference: list[dict[st
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_stage_world_size_and_accumulation_change_nothing(world_size: int, tmp_path: Path, digits: Path, reference: list[dict[str, Any]]):
     results = reference if world_size == 1 else _all_traces(tmp_path, digits, world_size)
-    assert len(results) == len(STAGES) * len(ACCUMULATIONS)
+    assert len(results) == len(SETTINGS[world_size])
     for result in results:
         assert result["drawn"] == reference[0]["drawn"]
         torch.testing.assert_close(result["losses"], reference[0]["losses"], rtol=LOSS_ROUNDING, atol=0)

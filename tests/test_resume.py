@@ -1,4 +1,7 @@
-"""Real processes, real launcher, real signals: a run that was killed or stopped continues as if nothing had happened."""
+"""Real processes, real launcher, real signals: a run that was killed or stopped continues as if nothing had happened.
+
+The launcher and a fresh interpreter are what signals go to; ranks that are killed or end by themselves are forked (tests/living.py).
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ import torch
 import yaml
 
 from fasttrain.checkpoint import Manifest, read_weights
+from tests.living import command, living
 from tests.ranks import free_port, run_ranks
 from tests.runs import merged, plain_config, trace, zero
 
@@ -53,24 +57,36 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 
 def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + TIMEOUT
-    while not any(record["step"] >= step for record in _records(run_dir)):
+    while not _reached(run_dir, step):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"step {step} was not reached in {TIMEOUT} s"
         time.sleep(0.005)
 
 
-def _finish(config: Path, ranks: int) -> str:
-    process = _start(config, ranks)
-    output = process.communicate(timeout=TIMEOUT)[0]
-    assert process.returncode == 0, output
-    return output
+def _reached(run_dir: Path, step: int) -> bool:
+    return any(record["step"] >= step for record in _records(run_dir))
 
 
-def _kill_ranks(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to every process of the run, the launcher included."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        victim.kill()
-    process.communicate(timeout=TIMEOUT)
+def _finish(config: Path, outputs: Path) -> str:
+    """What the first of two ranks prints of `fasttrain train CONFIG`."""
+    outputs.mkdir()
+    with living(2, outputs, command, "train", config) as ranks:
+        assert [ranks.status(rank, TIMEOUT) for rank in range(2)] == [0, 0], ranks.output(0) + ranks.output(1)
+        return ranks.output(0)
+
+
+def _kill_after(step: int, config: Path, outputs: Path) -> None:
+    """SIGKILL to both ranks of a run once that step was taken."""
+    outputs.mkdir()
+    with living(2, outputs, command, "train", config) as ranks:
+        deadline = time.monotonic() + TIMEOUT
+        while not _reached(config.with_suffix(""), step):
+            assert all(process.exitcode is None for process in ranks.processes), ranks.output(0) + ranks.output(1)
+            assert time.monotonic() < deadline, f"step {step} was not reached in {TIMEOUT} s"
+            time.sleep(0.005)
+        for rank in range(2):
+            ranks.send(rank, signal.SIGKILL)
+        assert [ranks.status(rank) for rank in range(2)] == [-signal.SIGKILL] * 2
 
 
 def _state(run_dir: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -93,7 +109,7 @@ def _losses_after(run_dir: Path, step: int) -> dict[int, Any]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """Two ranks under ZeRO-2, from the first step to the last."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    output = _finish(_write_config(folder, digits, stage=2), ranks=2)
+    output = _finish(_write_config(folder, digits, stage=2), folder.parent / "outputs")
     assert f"trained {STEPS} steps" in output
     return folder
 
@@ -101,13 +117,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Pat
 def test_killed_after_step_10_and_restarted_is_the_same_run_bit_for_bit(tmp_path: Path, digits: Path, uninterrupted: Path):
     folder = tmp_path / "run"
     config = _write_config(folder, digits, stage=2)
-    process = _start(config, ranks=2)
-    _wait_for_step(process, folder, 11)
-    _kill_ranks(process)
+    _kill_after(11, config, tmp_path / "killed")
     reached = max(record["step"] for record in _records(folder))
     assert 11 <= reached < STEPS
 
-    output = _finish(config, ranks=2)
+    output = _finish(config, tmp_path / "again")
     assert "continuing from step-000000" in output
     after, expected = _losses_after(folder, 10), _losses_after(uninterrupted, 10)
     assert sorted(after) == list(range(11, STEPS + 1))
@@ -115,7 +129,7 @@ def test_killed_after_step_10_and_restarted_is_the_same_run_bit_for_bit(tmp_path
     assert _same_bits(_state(folder, STEPS), _state(uninterrupted, STEPS))
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_and_exits_cleanly(number: signal.Signals, ranks: int, tmp_path: Path, digits: Path):
     """SIGTERM goes to DeepSpeed's launcher of the node, which passes it to one rank after another; Ctrl-C to the process itself.
 
@@ -156,9 +170,9 @@ def test_restarted_at_another_world_size_and_stage_is_equal_to_rounding(tmp_path
     torch.testing.assert_close(losses, whole["losses"], rtol=5e-6, atol=0)
 
 
-def test_a_finished_run_started_again_does_nothing(uninterrupted: Path, digits: Path):
+def test_a_finished_run_started_again_does_nothing(uninterrupted: Path, tmp_path: Path):
     before = _snapshot(uninterrupted / "checkpoints")
-    output = _finish(uninterrupted.with_suffix(".yaml"), ranks=2)
+    output = _finish(uninterrupted.with_suffix(".yaml"), tmp_path / "again")
     assert f"trained {STEPS} steps" in output
     assert _snapshot(uninterrupted / "checkpoints") == before
 
