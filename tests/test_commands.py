@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +21,9 @@ from fasttrain.trained import Trained
 from fasttrain.versions import installed
 from tests.commands import fasttrain
 from tests.labelled_images import write_set
-from tests.ranks import free_port
+from tests.living import command, living
 from tests.runs import plain_config
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 200
 FAST = ("--steps", "6", "--batch", "16")
 
@@ -49,24 +46,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     done = fasttrain("train", folder / "run.yaml")
     assert done.status == 0, done.err
     return folder / "run"
-
-
-def launched(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same command on two processes of the real launcher."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        str(free_port()),
-        "--module",
-        "fasttrain",
-    ]
-    return subprocess.run([*launcher, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 def records(run: Path) -> list[dict]:
@@ -137,8 +116,8 @@ def test_two_processes_draw_the_samples_of_one(run, tmp_path):
     """Equal to the rounding of the network at another batch: none of the bytes differs by more than one."""
     arguments = ("sample", str(run), "--count", "21", "--steps", "6", "--batch", "8", "--guidance", "1.5")
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    done = launched(*arguments, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
+    with living(2, tmp_path, command, *arguments, "--out", str(tmp_path / "two")) as ranks:
+        assert [ranks.status(rank) for rank in range(2)] == [0, 0], ranks.output(0) + ranks.output(1)
     one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
     assert np.array_equal(one["labels"], two["labels"])
     difference = np.abs(one["arr_0"].astype(int) - two["arr_0"].astype(int))

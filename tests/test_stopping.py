@@ -40,18 +40,18 @@ def _latest(folder: Path) -> str:
     return (folder / "checkpoints" / "latest").read_text().strip()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_one_rank_is_asked_and_all_save_and_stop_with_its_number(number: signal.Signals, tmp_path: Path, digits: Path):
+@pytest.mark.parametrize(("number", "world_size"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_one_rank_is_asked_and_all_save_and_stop_with_its_number(number: signal.Signals, world_size: int, tmp_path: Path, digits: Path):
     """The second SIGTERM comes while the last checkpoint is saved, or just after."""
     folder = tmp_path / "run"
-    with living(2, tmp_path, _train, _config(folder, digits)) as ranks:
+    with living(world_size, tmp_path, _train, _config(folder, digits)) as ranks:
         _wait(ranks, folder, 3)
-        ranks.send(1, number)
-        ranks.send(1, signal.SIGTERM)
-        assert [ranks.status(rank, 30) for rank in range(2)] == [128 + number] * 2, ranks.output(0)
+        ranks.send(world_size - 1, number)
+        ranks.send(world_size - 1, signal.SIGTERM)
+        assert [ranks.status(rank, 30) for rank in range(world_size)] == [128 + number] * world_size, ranks.output(0)
         last = _records(folder)[-1]["step"]
         assert f"stopped and saved at step {last} of {MANY}" in ranks.output(0)
-        assert "Traceback" not in ranks.output(0) + ranks.output(1)
+        assert "Traceback" not in "".join(ranks.output(rank) for rank in range(world_size))
     assert _latest(folder) == f"step-{last:08d}"
     assert not (folder / "faults").exists()
 
