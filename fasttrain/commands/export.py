@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fasttrain.commands.generating import tell_passed_over
 from fasttrain.errors import UserError
@@ -49,18 +50,21 @@ def _facts(trained: Trained) -> dict[str, Any]:
     }
 
 
+def _weights(trained: Trained) -> dict[str, Tensor]:
+    """The model's own: an uncertainty is of the training, and no model that others build has one."""
+    return {name: tensor for name, tensor in trained.network.state_dict().items() if not name.startswith("uncertainty.")}
+
+
 def _write_file(trained: Trained, out: Path) -> None:
     # File metadata is text: MODELS.build(json.loads(metadata["model"])) builds the network again.
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _facts(trained).items()}
     try:
         with whole(out) as draft:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}, draft, {"format": "pt", **facts}
-            )
+            save_file({name: tensor.contiguous() for name, tensor in _weights(trained).items()}, draft, {"format": "pt", **facts})
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {error}; make room or choose another file") from None
 
 
 def _write_folder(trained: Trained, out: Path) -> None:
-    for told in diffusers.write_folder(out, _facts(trained), trained.network.state_dict()):
+    for told in diffusers.write_folder(out, _facts(trained), _weights(trained)):
         print(told)

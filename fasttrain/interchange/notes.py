@@ -15,6 +15,9 @@ EXPLAINED = frozenset(
 )
 """Fields of a model whose difference changes no computation, or is told by rows of the plan, or by other notes."""
 
+OF_RESOLUTION = {"name", "rescale", "shift"}
+"""Parameters of a schedule that are told with the resolution; its name is told alone."""
+
 ALWAYS = {"frequency_shift": 0, "norm_eps": NORM_EPS}
 """What models compute with that have no such field."""
 
@@ -82,15 +85,10 @@ def _of_diffusion(fitting: Fitting) -> Iterator[str]:
         there, here = was.get("name"), now.get("name")
         if there is not None and there != here:
             yield f"diffusion.{key} is {shown(there)} there and {shown(here)} here: the weights have to learn it"
-        yield from _of_noise(was, now) if key == "schedule" else ()
-
-
-def _of_noise(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What decides how much noise a timestep is; `rescale` and `shift` belong to the resolution."""
-    for key in ("num_timesteps", "zero_terminal"):
-        if key in was and key in now and was[key] != now[key]:
-            told = f"diffusion.schedule.{key} is {shown(was[key])} there and {shown(now[key])} here"
-            yield f"{told}, so a timestep is other noise; diffusion.schedule.{key}={shown(was[key])} would keep it"
+        for number in now:
+            if number in was and number not in OF_RESOLUTION and was[number] != now[number]:
+                told = f"diffusion.{key}.{number} is {shown(was[number])} there and {shown(now[number])} here"
+                yield f"{told}, so the same number means another; diffusion.{key}.{number}={shown(was[number])} would keep it"
 
 
 def _of_data(fitting: Fitting) -> Iterator[str]:

@@ -114,6 +114,11 @@ def _controls(fitting: Fitting, name: str) -> Row:
     return fitting.taken(name) if same else fitting.fresh(name, "other controls there; zero at the start")
 
 
+def _uncertainty(fitting: Fitting, name: str) -> Row:
+    """No part of the model: it starts at zero, and learns of this run's own losses."""
+    return fitting.fresh(name, "no uncertainty was learned there") if fitting.was(name) is None else fitting.taken(name)
+
+
 def _taken(fitting: Fitting, name: str) -> Row:
     return fitting.taken(name)
 
@@ -128,6 +133,7 @@ PATCH_EMBEDDING = r"(x_embedder|patch_embed)\.proj\.(weight|bias)"
 LAST_LAYER = r"(final_layer\.linear|linear_projection)\.(weight|bias)"
 QK_NORM = r"blocks\.[0-9]+\.attn\.qk_norm\..*"
 CONTROLS = r"control_embedder\.(high|low)\..*"
+UNCERTAINTY = r"uncertainty\.weight"
 
 Rule = Callable[[Fitting, str], Row]
 RULES: tuple[tuple[str, Rule], ...] = (
@@ -140,6 +146,7 @@ RULES: tuple[tuple[str, Rule], ...] = (
     (r"blocks\.[0-9]+\.attn\.(text|image)_qkv\.(weight|bias)", _joint_qkv),
     (QK_NORM, _qk_norm),
     (CONTROLS, _controls),
+    (UNCERTAINTY, _uncertainty),
 )
 """The first whose pattern fits a parameter's name decides; all others are taken as they are."""
 
@@ -156,6 +163,7 @@ UNUSED: tuple[tuple[str, str], ...] = (
     (LAST_LAYER, "of another patch"),
     (QK_NORM, "queries and keys are not normalised here"),
     (CONTROLS, "not these controls here"),
+    (UNCERTAINTY, "no uncertainty is learned here"),
 )
 """What of a source may stay behind, and why."""
 

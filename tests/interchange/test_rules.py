@@ -1,5 +1,6 @@
 """What a model takes from another, what it makes anew, and what it refuses: for every difference that a config can have."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from fasttrain.cond import Cond
+from fasttrain.diffusion.schedule import Cosine
+from fasttrain.diffusion.uncertainty import add_uncertainty
 from fasttrain.errors import UserError
 from fasttrain.interchange.rules import plan
 from tests.interchange.networks import DIFFUSION, IMAGES, TEXT, batch, begun, config, fitting, network, source_of
@@ -116,6 +119,25 @@ def test_positions_and_noise_that_mean_others_at_the_same_size_are_told():
     size, names = told({}, {}, flow, {**cosine, "num_timesteps": 500})
     assert size.endswith("set diffusion.schedule.rescale=2") and "is 'flow' there and 'cosine' here" in names
     assert told({}, {}, flow, noisier) == (names,), "flow's shift is their rescale"
+
+
+def test_a_target_of_another_number_is_told():
+    edm = [{**DIFFUSION, "prediction": {"name": "edm", "sigma_data": d}} for d in (0.5, 1.0)]
+    source = source_of(config("dit"), network(config("dit")), diffusion=edm[0])
+    assert plan(fitting(source, config("dit"), diffusion=edm[0])).notes == ()
+    [note] = plan(fitting(source, config("dit"), diffusion=edm[1])).notes
+    assert note.startswith("diffusion.prediction.sigma_data is 0.5 there and 1.0 here")
+
+
+def test_a_learned_uncertainty_comes_and_goes():
+    here = config("dit")
+    plain, learned = network(here), network(here)
+    add_uncertainty(learned, Cosine())
+    shapes = {name: tuple(p.shape) for name, p in learned.named_parameters() if p.requires_grad}
+    asked = fitting(source_of(here, plain), here)
+    assert fresh(plan(replace(asked, shapes=shapes))) == {"uncertainty.weight"}
+    assert {row.how for row in plan(replace(asked, shapes=shapes, source=source_of(here, learned))).rows} == {"taken"}
+    assert plan(fitting(source_of(here, learned), here)).left_out == {"uncertainty.weight": "no uncertainty is learned here"}
 
 
 def test_what_a_model_has_no_field_for_is_told():
