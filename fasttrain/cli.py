@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("fasttrain.commands.train", "train a run, or continue it"),
     "sample": ("fasttrain.commands.sample", "draw images from a run"),
     "evaluate": ("fasttrain.commands.evaluate", "score a run against real images"),
+    "evaluate train-extractor": ("fasttrain.commands.train_extractor", "train a classifier of a set, for scores to compare what it sees"),
     "export": ("fasttrain.commands.export", "write a run's weights as a safetensors file or a folder of diffusers"),
     "replay": ("fasttrain.commands.replay", "take one step of a run again, and tell everything about it"),
     "doctor": ("fasttrain.commands.doctor", "tell what this machine has, and what training here will use"),
@@ -65,6 +66,7 @@ def _told(error: UserError | OSError) -> str | None:
 
 def _parse(given: list[str]) -> argparse.Namespace:
     """The arguments; overrides may also follow options, which argparse alone takes for unknown."""
+    given = _joined(given)
     parser = _parser(given)
     args, rest = parser.parse_known_args(given)
     strangers = [argument for argument in rest if argument.startswith("-") or "=" not in argument or not hasattr(args, "overrides")]
@@ -73,6 +75,11 @@ def _parse(given: list[str]) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     return args
+
+
+def _joined(given: list[str]) -> list[str]:
+    """A command of two words as one: `evaluate RUN` takes a folder where `evaluate train-extractor` has its second word."""
+    return [" ".join(given[:2]), *given[2:]] if " ".join(given[:2]) in COMMANDS else given
 
 
 def _without_local_rank(arguments: Sequence[str]) -> list[str]:

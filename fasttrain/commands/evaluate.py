@@ -1,11 +1,13 @@
-"""`fasttrain evaluate RUN --reference SHARDS`: how near a run's samples are to real images, one score for each of its weights and steps."""
+"""`fasttrain evaluate RUN --reference SHARDS`: how near a run's samples are to real images, a score for each of its weights and steps."""
 
 import argparse
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from fasttrain.checkpoint import steps_of
 from fasttrain.commands.generating import (
@@ -18,19 +20,23 @@ from fasttrain.commands.generating import (
     wishes_of,
 )
 from fasttrain.data.config import DataConfig
-from fasttrain.data.remote.store import check_address
+from fasttrain.data.remote.store import cache_folder, check_address
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
-from fasttrain.evaluation.evaluate import evaluate
-from fasttrain.evaluation.features import FEATURES
-from fasttrain.evaluation.protocol import Protocol
+from fasttrain.evaluation import extractor, torchscript  # noqa: F401 (registered)
+from fasttrain.evaluation.agreement import Agreement
+from fasttrain.evaluation.collected import Collector, Statistics, chosen, statistics
+from fasttrain.evaluation.evaluate import check_lengths, reference_statistics, score
+from fasttrain.evaluation.extractor import Extractor
+from fasttrain.evaluation.features import FEATURES, Features
+from fasttrain.evaluation.kept import KeptStatistics
+from fasttrain.evaluation.protocol import Protocol, Score
+from fasttrain.evaluation.reference import Reference, Shards, StatisticsFile
 from fasttrain.registry import shown
 from fasttrain.sampling import SAMPLERS
 from fasttrain.trained import UNTRAINED, Trained
-
-REFERENCE_BATCH = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,28 +48,85 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-steps", nargs="+", default=[], metavar="STEP", help="kept checkpoints, or `all`: a score each (default: the newest)"
     )
     parser.add_argument(
-        "--reference", required=True, help="folder or URL of image shards to compare with, or a pattern of shards made elsewhere"
+        "--reference",
+        required=True,
+        help="folder or URL of image shards to compare with, a pattern of shards made elsewhere, or an npz of mu and sigma",
     )
     parser.add_argument("--size", type=int, help="of the images of shards made elsewhere: they are cropped and resized to it")
-    parser.add_argument("--features", default="pixels", choices=FEATURES.names(), help="what is compared (default pixels)")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        default=["pixels"],
+        metavar="NAME[=FILE]",
+        help="what is compared: pixels, extractor=FILE (of `fasttrain evaluate train-extractor`), torchscript=FILE (such as FID's "
+        "inception-2015-12-05.pt: a program, which is run); several give a score each (default pixels)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="for the scores, step-STEP-WEIGHTS-FEATURES.json each (default: RUN/scores)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    check_address(args.reference)
-    reference = ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))
-    if reference.index.kind != "image":
-        raise UserError(
-            f"--reference {args.reference} holds latents; give a folder made by `fasttrain prepare images` at the samples' size"
-        )
-    if reference.index.layout == "arrays" and args.size not in (None, reference.index.pixels):
-        told = f"{args.reference} was prepared at {reference.index.pixels} and is compared as it is; --size is for shards made elsewhere"
-        raise UserError(f"--size {args.size}: {told}: leave it out, or prepare a reference with `fasttrain prepare images --size`")
+    reference, choices = _reference(args), _choices(args.features)
+    kept = KeptStatistics(cache_folder(DataConfig(train=args.reference)) / "statistics")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
+        opened = {name: choice.open(processes.device) for name, choice in choices.items()}
+        ready: dict[str, Statistics | None] | None = None
         for weights, step in processes.from_main(_asked(args) if processes.is_main else None):
-            _score(args, weights, Trained.load(args.run, weights, processes.device, step), reference, processes)
+            trained = Trained.load(args.run, weights, processes.device, step)
+            drawing = draw(trained, args, processes, wishes_of(args))
+            lengths = _lengths(reference, opened, drawing.shape)
+            if ready is None:
+                ready = {name: reference_statistics(reference, features, processes, kept) for name, features in opened.items()}
+                _tell_left_out(reference, ready)
+            for name, theirs in ready.items():
+                if theirs is not None:
+                    check_lengths(lengths[name], theirs, opened[name], reference.name)
+            collected = _collected(args.count, trained, drawing, opened, processes)
+            if processes.is_main:
+                protocol = _protocol(args, trained, drawing, reference, processes.device)
+                for name, (ours, agreement) in collected.items():
+                    theirs = ready[name]
+                    assert theirs is not None
+                    found = dataclasses.replace(score(ours, theirs, opened[name], protocol), agreement=agreement)
+                    _write(args, weights, name, found)
+
+
+class _Collected(NamedTuple):
+    """What a score needs of the samples, on rank 0."""
+
+    statistics: Statistics
+    agreement: dict[str, Any] | None
+
+
+def _collected(count: int, trained: Trained, drawing: Drawing, opened: dict[str, Features], processes: Processes) -> dict[str, _Collected]:
+    """The samples, made once, as all features see them. A collective; empty but on rank 0."""
+    collectors = {name: Collector("samples", features) for name, features in opened.items()}
+    judge = _judge(trained, drawing, opened)
+    agreement = Agreement.none(len(judge.record.classes)) if judge else None
+    kept = chosen(count)
+    for made in drawing.batches:
+        for collector in collectors.values():
+            collector.update(made.images, kept[made.numbers])
+        if judge and agreement:
+            assert made.labels is not None
+            agreement += Agreement.of(made.labels, judge.classify(made.images), len(judge.record.classes))
+    shares = processes.gather_to_main(({name: collector.share() for name, collector in collectors.items()}, agreement))
+    if not processes.is_main:
+        return {}
+    told = sum((theirs for _, theirs in shares[1:]), shares[0][1]).told(judge.record.classes) if judge else None
+    return {
+        name: _Collected(statistics("samples", (share[name] for share, _ in shares)), told if features is judge else None)
+        for name, features in opened.items()
+    }
+
+
+def _judge(trained: Trained, drawing: Drawing, opened: dict[str, Features]) -> Extractor | None:
+    """The extractor that knows the classes that the samples are asked to show, if one is among the features."""
+    extractors = [features for features in opened.values() if isinstance(features, Extractor)]
+    if not extractors or drawing.asked.prompts is not None or not trained.config.model.geometry()[2]:
+        return None
+    return extractors[0] if extractors[0].record.classes == tuple(trained.index.classes) else None
 
 
 def _asked(args: argparse.Namespace) -> list[tuple[str, int | None]]:
@@ -79,15 +142,46 @@ def _step(given: str) -> int:
     return int(given)
 
 
-def _score(args: argparse.Namespace, weights: str, trained: Trained, reference: ShardSet, processes: Processes) -> None:
-    drawing = draw(trained, args, processes, wishes_of(args))
-    _check_shape(args, drawing, reference)
-    parts = processes.gather_to_main([made.images for made in drawing.batches])
-    if not processes.is_main:
-        return
-    protocol = Protocol(
-        reference=PurePosixPath(reference.files.place).name,
-        reference_digest=reference.index.xxh3,
+def _choices(given: Sequence[str]) -> dict[str, Any]:
+    """The features that are asked for, by name."""
+    choices: dict[str, Any] = {}
+    for item in given:
+        name, equals, file = item.partition("=")
+        if name in choices:
+            raise UserError(f"--features {shown(item)}: {name} is given twice; score the other file in a call of its own")
+        try:
+            choices[name] = FEATURES.build({"name": name, "file": file} if equals else name)
+        except ValueError as error:
+            raise UserError(f"--features {shown(item)}: {error}; files are named as in extractor=FILE") from None
+    return choices
+
+
+def _reference(args: argparse.Namespace) -> Reference:
+    check_address(args.reference)
+    if args.reference.endswith(".npz"):
+        if args.size is not None:
+            raise UserError(f"--size {args.size}: {args.reference} holds statistics; --size is for shards made elsewhere: leave it out")
+        return StatisticsFile(Path(args.reference))
+    shards = ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))
+    if shards.index.layout == "arrays" and args.size not in (None, shards.index.pixels):
+        told = f"{args.reference} was prepared at {shards.index.pixels} and is compared as it is; --size is for shards made elsewhere"
+        raise UserError(f"--size {args.size}: {told}: leave it out, or prepare a reference with `fasttrain prepare images --size`")
+    return Shards(shards)
+
+
+def _lengths(reference: Reference, opened: dict[str, Features], shape: tuple[int, int, int]) -> dict[str, int]:
+    """How long each feature's vectors are. Raises UserError, before anything is sampled, where the images cannot be compared."""
+    if reference.shape not in (None, shape):
+        told = f"samples are images {shape}, the reference holds {reference.shape} (H, W, C)"
+        raise UserError(f"--reference {reference.name}: {told}: give a reference of the same shape")
+    return {name: features(np.zeros((1, *shape), np.uint8)).shape[1] for name, features in opened.items()}
+
+
+def _protocol(args: argparse.Namespace, trained: Trained, drawing: Drawing, reference: Reference, device: torch.device) -> Protocol:
+    return Protocol(
+        reference=reference.name,
+        reference_digest=reference.xxh3,
+        reference_kind=reference.kind,
         checkpoint_step=trained.step,
         weights=trained.weights,
         sampler=SAMPLERS.spec(sampler_of(args)),
@@ -95,33 +189,29 @@ def _score(args: argparse.Namespace, weights: str, trained: Trained, reference: 
         conditions=drawing.asked.described(),
         seed=args.seed,
         vae=drawing.vae.model_dump(include={"id", "revision", "xxh3"}, exclude_none=True) if drawing.vae else None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
-    images = [batch for part in parts for batch in part]
-    score = evaluate(images, _images(reference), FEATURES.build(args.features), protocol)
-    if reference.damage.unreadable:
-        print(f"{reference.damage.unreadable} unreadable samples of {args.reference} are left out")
+
+
+def _write(args: argparse.Namespace, weights: str, features: str, found: Score) -> None:
     folder = args.out or args.run / "scores"
-    out = folder / f"step-{trained.step:08d}-{weights}-{args.features}.json"
+    step = found.protocol.checkpoint_step
+    out = folder / f"step-{step:08d}-{weights}-{features}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        score.save(out)
+        found.save(out)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}; make room or choose another folder") from None
+    more = {"precision": found.precision, "recall": found.recall, "agreement": found.agreement and found.agreement["share"]}
+    numbers = "".join(f", {name} {value:.3f}" for name, value in more.items() if value is not None)
+    against = f"{found.reference_samples} reference images" if found.reference_samples else f"the statistics of {found.protocol.reference}"
     print(
-        f"Frechet distance {score.frechet_distance:.4f} ({args.features}; {score.samples} samples of the {trained.weights} weights "
-        f"at step {trained.step}, {score.reference_samples} reference images): {out}"
+        f"Frechet distance {found.frechet_distance:.4f}{numbers} ({features}; {found.samples} samples of the {found.protocol.weights} "
+        f"weights at step {step}, {against}): {out}"
     )
 
 
-def _check_shape(args: argparse.Namespace, drawing: Drawing, reference: ShardSet) -> None:
-    """Raises UserError, before anything is sampled, where the images cannot be compared."""
-    channels, height, width = reference.index.x0_shape
-    if drawing.shape != (height, width, channels):
-        told = f"samples are images {drawing.shape}, the reference holds {(height, width, channels)} (H, W, C)"
-        raise UserError(f"--reference {args.reference}: {told}: give a reference of the same shape")
-
-
-def _images(shards: ShardSet) -> Iterator[NDArray[np.uint8]]:
-    for start in range(0, len(shards), REFERENCE_BATCH):
-        found = shards.gather(np.arange(start, min(start + REFERENCE_BATCH, len(shards))))
-        yield found.arrays[found.readable].transpose(0, 2, 3, 1)
+def _tell_left_out(reference: Reference, ready: dict[str, Statistics | None]) -> None:
+    left_out = max((found.left_out for found in ready.values() if found is not None), default=0)
+    if left_out:
+        print(f"{left_out} unreadable samples of {reference.name} are left out")

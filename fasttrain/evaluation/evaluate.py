@@ -1,52 +1,76 @@
-"""A score from samples and reference images."""
+"""A score from what was collected of samples and of a reference."""
 
-from collections.abc import Iterable
-
-import torch
-
+from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
-from fasttrain.evaluation.features import FEATURES, Features, Images
-from fasttrain.evaluation.frechet import Gaussian, Moments, frechet_distance
+from fasttrain.evaluation.collected import Collector, Statistics, statistics
+from fasttrain.evaluation.features import Features
+from fasttrain.evaluation.frechet import frechet_distance
+from fasttrain.evaluation.kept import KeptStatistics
+from fasttrain.evaluation.precision_recall import K, precision_recall
 from fasttrain.evaluation.protocol import Protocol, Score
+from fasttrain.evaluation.reference import Reference
 
 
-def evaluate(samples: Iterable[Images], reference: Iterable[Images], features: Features, protocol: Protocol) -> Score:
-    """The Frechet distance between two sets of images, given in batches, in one pass over each.
-
-    Args:
-        samples, reference: batches of images [n, H, W, C] uint8, all of one shape.
-        features: one of `FEATURES`.
-        protocol: where the two sets came from; it is kept with the number.
+def score(samples: Statistics, reference: Statistics, features: Features, protocol: Protocol) -> Score:
+    """The Frechet distance between samples and a reference, and where there are vectors enough of both, precision and recall.
 
     Raises:
-        UserError: a set of fewer than two images, or sets of differently shaped images.
+        UserError: features of different lengths.
     """
-    ours, our_shape = _gaussian("samples", samples, features)
-    theirs, their_shape = _gaussian("reference", reference, features)
-    if our_shape != their_shape:
-        raise UserError(f"samples are images {our_shape}, the reference holds {their_shape} (H, W, C): give a reference of the same shape")
+    check_lengths(len(samples.gaussian.mean), reference, features, protocol.reference)
+    enough = samples.rows is not None and reference.rows is not None and min(len(samples.rows), len(reference.rows)) > K
+    near = precision_recall(samples.rows, reference.rows) if enough else None  # type: ignore[arg-type]
+    assert samples.gaussian.vectors is not None
     return Score(
-        frechet_distance=frechet_distance(ours, theirs),
-        features=FEATURES.spec(features),
-        samples=ours.vectors,
-        reference_samples=theirs.vectors,
+        frechet_distance=frechet_distance(samples.gaussian, reference.gaussian),
+        precision=near.precision if near else None,
+        recall=near.recall if near else None,
+        neighbours={"k": near.k, "samples": near.samples, "reference": near.reference} if near else None,
+        features=features.told,
+        samples=samples.gaussian.vectors,
+        reference_samples=reference.gaussian.vectors,
         protocol=protocol,
     )
 
 
-def _gaussian(kind: str, batches: Iterable[Images], features: Features) -> tuple[Gaussian, tuple[int, ...]]:
-    moments: Moments | None = None
-    shape: tuple[int, ...] = ()
-    for images in batches:
-        rows = torch.from_numpy(features(images))
-        if moments is None:
-            moments, shape = Moments(rows.shape[1]), images.shape[1:]
-        if images.shape[1:] != shape:
-            raise UserError(f"{kind}: images of shape {images.shape[1:]} among those of {shape}; all must be of one shape")
-        moments.update(rows)
-    if moments is None:
-        raise UserError(f"{kind}: no images; at least 2 are needed")
+def check_lengths(length: int, reference: Statistics, features: Features, name: str) -> None:
+    """Raises UserError where features of this length cannot be compared with the reference's."""
+    if length != (theirs := len(reference.gaussian.mean)):
+        told = f"{features.told['name']} features have {length} numbers, its statistics {theirs}: they were made of other features"
+        raise UserError(f"--reference {name}: {told}; name those with --features")
+
+
+def reference_statistics(reference: Reference, features: Features, processes: Processes, kept: KeptStatistics) -> Statistics | None:
+    """A reference's statistics on rank 0, None elsewhere: kept ones, or computed by all ranks and kept. A collective.
+
+    Raises:
+        UserError: fewer than two images, or features that they cannot have.
+    """
+    found = kept.find(reference, features, processes.device) if processes.is_main else None
+    if not processes.from_main(found is not None):
+        found = _computed(reference, features, processes)
+        if found is not None and found.rows is not None and not found.left_out:
+            _keep(kept, reference, features, processes, found)
+    stated = reference.gaussian()
+    return found if found is None or stated is None else Statistics(stated, found.rows, found.left_out)
+
+
+def _computed(reference: Reference, features: Features, processes: Processes) -> Statistics | None:
+    what = f"--reference {reference.name}"
+    collector = Collector(what, features)
+    for part in reference.parts(processes.rank, processes.world_size):
+        collector.update(*part)
+    shares = processes.gather_to_main(collector.share())
+    if not processes.is_main:
+        return None
+    stated = reference.gaussian()
+    if stated is not None and all(moments is None for moments, _, _ in shares):
+        return Statistics(stated, None)
+    return statistics(what, shares)
+
+
+def _keep(kept: KeptStatistics, reference: Reference, features: Features, processes: Processes, found: Statistics) -> None:
     try:
-        return moments.gaussian(), shape
-    except ValueError as error:
-        raise UserError(f"{kind}: {error}") from None
+        kept.keep(reference, features, processes.device, found)
+    except OSError as error:
+        print(f"the statistics of {reference.name} are not kept, and will be computed again: {error.strerror or error}")

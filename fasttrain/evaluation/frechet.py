@@ -11,7 +11,7 @@ class Gaussian(NamedTuple):
 
     mean: Tensor  # [D] float64
     cov: Tensor  # [D, D] float64, divisor n - 1
-    vectors: int  # how many there were
+    vectors: int | None  # how many there were; None where nobody says
 
 
 class Moments:
@@ -33,11 +33,19 @@ class Moments:
         if len(rows) == 0:
             return
         mean = rows.mean(dim=0)
-        delta, total = mean - self._mean, self._count + len(rows)
         centred = rows - mean
-        self._scatter.addmm_(centred.T, centred)
-        self._scatter.addr_(delta, delta, alpha=self._count * len(rows) / total)
-        self._mean += delta * (len(rows) / total)
+        self._take(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Takes in the rows behind other moments, as another process counted them."""
+        if other._count:
+            self._take(other._count, other._mean, other._scatter)
+
+    def _take(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        delta, total = mean - self._mean, self._count + count
+        self._scatter += scatter
+        self._scatter.addr_(delta, delta, alpha=self._count * count / total)
+        self._mean += delta * (count / total)
         self._count = total
 
     def gaussian(self) -> Gaussian:

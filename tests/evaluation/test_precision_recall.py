@@ -1,0 +1,54 @@
+"""Precision and recall against their definition, image by image."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain.evaluation import precision_recall as module
+from fasttrain.evaluation.precision_recall import precision_recall
+
+
+def by_definition(points: Tensor, centres: Tensor, k: int) -> float:
+    """The share of points p with |p - c| <= |c - its k-th nearest other centre| for a centre c. [Kynkaanniemi et al. 2019, Eq. 1]"""
+    radii = [sorted(float(np.linalg.norm(c - o)) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)]
+    inside = [any(float(np.linalg.norm(p - c)) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
+    return sum(inside) / len(inside)
+
+
+def vectors(count: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) * scale + shift
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("block", [1, 100, 1 << 25])
+def test_both_are_what_the_definition_says(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    samples, reference = vectors(40, 0, 1.0, 1.2), vectors(53, 1)
+    found = precision_recall(samples, reference, k)
+    assert found.precision == by_definition(samples, reference, k)
+    assert found.recall == by_definition(reference, samples, k)
+    assert (found.k, found.samples, found.reference) == (k, 40, 53) and 0 < found.precision < 1 and 0 < found.recall < 1
+
+
+def test_a_set_is_wholly_among_itself_and_not_among_another() -> None:
+    one = vectors(30, 0)
+    assert precision_recall(one, one)[:2] == (1.0, 1.0) and precision_recall(one, one + 100)[:2] == (0.0, 0.0)
+
+
+def test_samples_that_copy_a_few_images_are_precise_and_recall_little() -> None:
+    reference = vectors(200, 0)
+    found = precision_recall(reference[:5].repeat(40, 1), reference)
+    assert found.precision == 1 and found.recall == 5 / 200
+
+
+def test_a_far_mean_costs_no_digits() -> None:
+    samples, reference = vectors(40, 0, 0.7, 0.4).double(), vectors(53, 1).double()
+    assert precision_recall(samples + 1e6, reference + 1e6)[:2] == precision_recall(samples, reference)[:2]
+
+
+def test_too_few_vectors_or_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 3 images of each kind, got 3 samples and 10"):
+        precision_recall(vectors(3, 0), vectors(10, 1))
+    with pytest.raises(ValueError, match="different lengths: 3 and 2"):
+        precision_recall(vectors(9, 0), vectors(10, 1)[:, :2])

@@ -1,0 +1,173 @@
+"""`fasttrain evaluate` on a real small run: in which features, against what, on how many processes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fasttrain.cli import main
+from fasttrain.engine import distributed
+from fasttrain.engine.distributed import Processes
+from tests.commands import fasttrain
+from tests.evaluation.test_torchscript import Inception, saved
+from tests.ranks import free_port, run_ranks
+from tests.runs import plain_config
+
+FAST = ("--steps", "3", "--batch", "16", "--count", "64")
+CLASSES = [str(i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A run of two steps and an extractor of digits."""
+    folder = tmp_path_factory.mktemp("scores")
+    (folder / "run.yaml").write_text(yaml.safe_dump(plain_config(folder / "run", digits, training={"steps": 2})))
+    done = fasttrain("train", folder / "run.yaml")
+    assert done.status == 0, done.err
+    assert main(["evaluate", "train-extractor", str(digits), "--out", str(folder / "x.safetensors"), "--steps", "20"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "statistics"
+
+
+def scored(made: Path, reference: Path | str, *more: str) -> dict[str, Any]:
+    """The scores of a call, by features."""
+    out = Path(os.environ["FASTTRAIN_CACHE"]).parent / "out"
+    assert main(["evaluate", str(made / "run"), "--reference", str(reference), *FAST, "--out", str(out), *more]) == 0
+    return {path.stem.rpartition("-")[2]: json.loads(path.read_text()) for path in out.iterdir()}
+
+
+def test_one_call_scores_the_same_samples_in_all_features(made, digits, cache, capsys):
+    extractor, inception = made / "x.safetensors", saved(Inception(), cache.parent.parent / "f.pt")
+    found = scored(made, digits, "--features", "pixels", f"extractor={extractor}", f"torchscript={inception}")
+    assert sorted(found) == ["extractor", "pixels", "torchscript"]
+    for score in found.values():
+        assert score["frechet_distance"] > 0 and 0 <= score["precision"] <= 1 and 0 <= score["recall"] <= 1
+        assert score["neighbours"] == {"k": 3, "samples": 64, "reference": 1797}
+        assert (score["samples"], score["reference_samples"]) == (64, 1797) and score["protocol"]["device"]
+    told = found["extractor"]["features"]
+    assert len(told["xxh3"]) == 32 and 0 < told["accuracy"] <= 1 and told["classes"] == CLASSES
+    agreement = found["extractor"]["agreement"]
+    assert {name: count["samples"] for name, count in agreement["classes"].items()} == {n: 7 if int(n) < 4 else 6 for n in CLASSES}
+    agreed = sum(count["samples"] * count["share"] for count in agreement["classes"].values())
+    assert agreement["share"] == pytest.approx(agreed / 64) and found["pixels"]["agreement"] is None
+    assert len(found["torchscript"]["features"]["sha256"]) == 64 and "agreement" in capsys.readouterr().out
+
+
+def test_the_references_statistics_are_computed_once(made, digits, cache, monkeypatch):
+    first = scored(made, digits)
+    (kept,) = cache.iterdir()
+    monkeypatch.setattr("fasttrain.evaluation.reference.Shards.parts", None)
+    assert scored(made, digits)["pixels"]["frechet_distance"] == first["pixels"]["frechet_distance"]
+    monkeypatch.undo()
+    monkeypatch.setenv("FASTTRAIN_CACHE", str(cache.parent))
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert scored(made, digits)["pixels"]["frechet_distance"] == first["pixels"]["frechet_distance"]
+
+
+def test_statistics_that_cannot_be_kept_are_told(made, digits, cache, capsys):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("in the way")
+    assert scored(made, digits)["pixels"]["frechet_distance"] > 0
+    assert "the statistics of shards are not kept" in capsys.readouterr().out
+
+
+def test_statistics_of_others_give_the_distance_that_their_images_give(made, digits, tmp_path):
+    """ADM's reference batches: mu and sigma, and images for precision and recall."""
+    of_images = scored(made, digits)["pixels"]
+    pixels = np.concatenate([np.load(path)["a"] for path in _pixels(digits, tmp_path)])
+    vectors = pixels.reshape(len(pixels), -1) / 255.0
+    statistics = {"mu": vectors.mean(0), "sigma": np.cov(vectors.T)}
+    np.savez(tmp_path / "whole.npz", arr_0=pixels, **statistics)
+    np.savez(tmp_path / "alone.npz", **statistics)
+    whole, alone = (scored(made, tmp_path / name)["pixels"] for name in ("whole.npz", "alone.npz"))
+    for found in (whole, alone):
+        assert found["frechet_distance"] == pytest.approx(of_images["frechet_distance"], rel=1e-9)
+        assert found["reference_samples"] is None and found["protocol"]["reference_kind"] == "statistics"
+    assert (whole["precision"], whole["recall"]) == (of_images["precision"], of_images["recall"])
+    assert alone["precision"] is alone["recall"] is alone["neighbours"] is None
+
+
+def _pixels(digits: Path, folder: Path) -> list[Path]:
+    from fasttrain.data.shards import ShardSet
+
+    shards = ShardSet.open(digits)
+    np.savez(folder / "pixels.npz", a=shards.gather(np.arange(len(shards))).arrays.transpose(0, 2, 3, 1))
+    return [folder / "pixels.npz"]
+
+
+def _evaluate(processes: Processes, arguments: list[str], port: int) -> int:
+    """The command on this rank, in a group of its own."""
+    distributed.finish()
+    os.environ["MASTER_PORT"] = str(port)
+    return main(arguments)
+
+
+def test_two_processes_find_the_score_of_one(made, digits, tmp_path):
+    """Over images that are the same: 64 samples are two full batches of 16 for each of two processes, and four for one."""
+    features = ["--features", "pixels", f"extractor={made / 'x.safetensors'}"]
+    command = ["evaluate", str(made / "run"), "--reference", str(digits), *FAST, *features]
+    scores = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        os.environ["FASTTRAIN_CACHE"] = str(tmp_path / f"cache-{ranks}")
+        assert run_ranks(ranks, _evaluate, [*command, "--out", str(out)], free_port()) == [0] * ranks
+        scores.append({path.name: json.loads(path.read_text()) for path in sorted(out.iterdir())})
+    one, two = scores
+    assert sorted(one) == sorted(two) and len(one) == 2
+    for name in one:
+        assert two[name]["frechet_distance"] == pytest.approx(one[name]["frechet_distance"], rel=1e-6)
+        same = ("precision", "recall", "neighbours", "agreement", "samples", "reference_samples", "features", "protocol")
+        assert {key: two[name][key] for key in same} == {key: one[name][key] for key in same}
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        (["pixel"], "unknown features 'pixel'; did you mean 'pixels'?"),
+        (["extractor"], "--features 'extractor': features 'extractor': file: "),
+        (["extractor=nowhere.safetensors"], "nowhere.safetensors: no extractor of `fasttrain evaluate train-extractor`"),
+        (["torchscript=nowhere.pt"], "nowhere.pt: not a TorchScript file"),
+        (["pixels=x"], "features 'pixels' has no parameter 'file'"),
+        (["pixels", "pixels"], "pixels is given twice"),
+    ],
+)
+def test_features_that_cannot_be_are_named(made, digits, capsys, features, told):
+    assert main(["evaluate", str(made / "run"), "--reference", str(digits), *FAST, "--features", *features]) == 2
+    assert told in capsys.readouterr().err and not (made / "run" / "scores").exists()
+
+
+def test_statistics_of_other_features_are_refused_before_sampling(made, tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    monkeypatch.setattr("fasttrain.commands.evaluate._collected", None)
+    command = ["evaluate", str(made / "run"), "--reference", str(tmp_path / "s.npz"), *FAST]
+    assert main(command) == 2 and "pixels features have 64 numbers, its statistics 2048" in capsys.readouterr().err
+    assert main([*command, "--size", "8"]) == 2 and "--size 8: " in capsys.readouterr().err
+
+
+def test_an_extractor_of_other_classes_counts_no_agreement(made, digits, tmp_path):
+    from fasttrain.evaluation.extractor import Extractor
+
+    one = Extractor.load(made / "x.safetensors")
+    renamed = one.record.model_copy(update={"classes": tuple("abcdefghij")})
+    Extractor(one.network, renamed).save(tmp_path / "y.safetensors")
+    found = scored(made, digits, "--features", f"extractor={tmp_path / 'y.safetensors'}")["extractor"]
+    assert found["agreement"] is None and found["features"]["classes"] == list("abcdefghij")
+
+
+def test_an_extractor_is_asked_for_sensibly(digits, tmp_path, capsys):
+    out = tmp_path / "x.safetensors"
+    assert main(["evaluate", "train-extractor", str(digits), "--out", str(out), "--steps", "0"]) == 2
+    assert "give at least one step" in capsys.readouterr().err and not out.exists()
+    assert main(["evaluate", "train-extractor", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert "no such folder of shards" in capsys.readouterr().err
+    assert torch.get_default_dtype() == torch.float32
