@@ -90,7 +90,10 @@ class Receipt(Sealed):
 
 
 class Plan(Sealed):
-    """What a checkpoint holds: enough to refuse it by name where it does not fit."""
+    """What a checkpoint holds: enough to refuse it by name where it does not fit.
+
+    `timestep_weights` are those that weighting `pareto` has solved for: see pareto_weights.py.
+    """
 
     format: int
     progress: Progress
@@ -99,6 +102,7 @@ class Plan(Sealed):
     states: list[str]
     world_size: int = Field(gt=0)
     zero_stage: int = Field(ge=0, le=3)
+    timestep_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
 
     @field_validator("format")
     @classmethod

@@ -45,6 +45,7 @@ class Watched(Trainer):
             check_identity(self.identity, manifest.identity, folder)
             check_fits(manifest, self.state.shapes, self.state.keys, folder)
             self.checkpoints.load(self.state, folder, manifest)
+            self.pareto.restore(manifest.timestep_weights)
             self.progress = manifest.progress
         elif transfer := Transfer.of_begun_run(self.config, self.index, self.state.shapes):
             transfer.fill(self.state)

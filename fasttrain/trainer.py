@@ -26,6 +26,7 @@ from fasttrain.errors import CorruptedError
 from fasttrain.lock import WAIT_SECONDS, locked
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
+from fasttrain.pareto_weights import ParetoWeights
 from fasttrain.preview import Preview
 from fasttrain.profiling import Profiler
 from fasttrain.prompts import write_prompts
@@ -63,6 +64,7 @@ class Trainer:
             make_deterministic()
         check_kernels(config.kernels, self.seed)
         self.objective = build_objective(config, self.seed, data.empty)
+        self.pareto = ParetoWeights(config, data, processes, self.objective, self.micro_batch, self.dtype)
         self.loader = data.training_loader(config, self.seed)
         held_out = data.held_out_loader(config, self.seed) if config.log.held_out_every else None
         decode = decoder(self.index, config.data, processes.device) if config.sampling.every else None
@@ -100,6 +102,7 @@ class Trainer:
         config, stop = self.config, stop or Stop()
         with ExitStack() as stack:
             stack.callback(self.loader.close)
+            stack.callback(self.pareto.close)
             stack.callback(self.data.close)  # first, so that no thread waits on for a store
             stack.callback(self.saver.close)
             if watchdog is not None:
@@ -147,6 +150,7 @@ class Trainer:
         next_position = self.progress.position + training.global_batch
         rate = self.config.optimizer.rate(step, training.steps)
         self.optimizer.begin(Clock(self.progress.updates + 1, next_position, training.global_batch), rate)
+        self.pareto.before_step(step, self.progress.position, self.network, self.activity)
         for remaining in reversed(range(self.accumulation_steps)):
             self._begin("data", step)
             batch = next(self.batches)
@@ -198,6 +202,7 @@ class Trainer:
         for damaged in passed_over:
             reporter.say(f"passed over a damaged checkpoint: {damaged}")
         self.checkpoints.load(self.state, folder, manifest)
+        self.pareto.restore(manifest.timestep_weights)
         self.saver.continue_from(folder)
         self.progress = manifest.progress
         self.saved_step = self._reported_step = self.progress.step
@@ -224,6 +229,7 @@ class Trainer:
             states=self.state.keys,
             world_size=self.processes.world_size,
             zero_stage=self.config.zero_stage,
+            timestep_weights=self.pareto.values,
         )
 
     def _means(self) -> str:
@@ -315,6 +321,7 @@ class Trainer:
         return {
             **dataclasses.asdict(self.progress),
             **sums,
+            **self.pareto.record(),
             **self.pace.report(seconds / max(steps, 1)),
             "grad_norm": gradient_norm(self.engine),
             "learning_rate": self.config.optimizer.rate(self.progress.step, self.config.training.steps),
