@@ -6,15 +6,19 @@ from fasttrain.cond import Nothing, Text
 from fasttrain.config import RunConfig
 from fasttrain.data.text.padding import padded
 from fasttrain.diffusion.objective import Objective
+from fasttrain.diffusion.uncertainty import add_uncertainty
 from fasttrain.models.implementations import Implementations
 from fasttrain.models.network import Network
 
 
 def build_network(config: RunConfig, attention: str = "auto") -> Network:
-    """The run's network with its initial weights, the same on every rank: a function of the seed."""
+    """The run's network with its initial weights, the same on every rank: a function of the seed. With an uncertainty, if asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
+        network = config.model.build(Implementations(config.kernels, attention, config.training.deterministic))
+    if config.diffusion.uncertainty:
+        add_uncertainty(network, config.diffusion.schedule)
+    return network
 
 
 def nothing(config: RunConfig, empty: Text | None = None) -> Nothing:

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.addresses import scheme_of
+from fasttrain.diffusion.curriculum import SHARE_OF_RUN, Curriculum
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
-from fasttrain.diffusion.schedule import SCHEDULES, Cosine, RectifiedFlow, Schedule
+from fasttrain.diffusion.schedule import SCHEDULES, Cosine, DiscreteSchedule, Schedule
 from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
 from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
 from fasttrain.engine.deepspeed import read_settings, zero_stage
@@ -46,7 +48,8 @@ class DiffusionConfig(Section):
     """What is learned: noise schedule, prediction target, weighting on the x0 error, timesteps.
 
     `label_drop` is the share of samples without class and text, `control_drop` independently that without controls; each counts only
-    for a model that has them.
+    for a model that has them. `uncertainty` trains a small function of the noise level beside the network, by whose exponential the loss
+    is divided (EDM2's): see diffusion/uncertainty.py.
     """
 
     schedule: Annotated[Schedule, *SCHEDULES.field()] = Cosine()
@@ -55,6 +58,13 @@ class DiffusionConfig(Section):
     timesteps: Annotated[Timesteps, *TIMESTEPS.field()] = Stratified()
     label_drop: float = Field(default=0.15, ge=0, lt=1)
     control_drop: float = Field(default=0.1, ge=0, lt=1)
+    uncertainty: bool = False
+
+    def over(self, images: int) -> "DiffusionConfig":
+        """The same for a run of so many images: over a share of which a curriculum goes, where the config does not say."""
+        if not isinstance(self.timesteps, Curriculum) or self.timesteps.images is not None:
+            return self
+        return self.model_copy(update={"timesteps": replace(self.timesteps, images=max(1, round(SHARE_OF_RUN * images)))})
 
 
 class TrainingConfig(Section):
@@ -169,9 +179,10 @@ class RunConfig(Section):
             raise ValueError("log.held_out_every and sampling.every look at the averaged weights: give optimizer.ema an average")
         if self.sampling.every:
             self._check_guidance()
-        if isinstance(self.model, ViT) and isinstance(self.diffusion.schedule, RectifiedFlow):
+        if isinstance(self.model, ViT) and not isinstance(self.diffusion.schedule, DiscreteSchedule):
+            name = SCHEDULES.spec(self.diffusion.schedule)["name"]
             raise ValueError(
-                "model: a ViT looks timesteps up in a table, and diffusion.schedule flow has real ones: take a dit or an mmdit, "
+                f"model: a ViT looks timesteps up in a table, and diffusion.schedule {name} has real ones: take a dit or an mmdit, "
                 "or a discrete schedule"
             )
         if self.init_from is not None and os.path.realpath(self.init_from.source) == os.path.realpath(self.run_dir):

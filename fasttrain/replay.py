@@ -67,7 +67,7 @@ class Watched(Trainer):
             "position": position,
             "images": self.config.training.global_batch,
             "world_size": self.processes.world_size,
-            "learning_rate": self.config.optimizer.rate(self.progress.step, self.config.training.steps),
+            "learning_rate": self.optimizer.learning_rate,
             "taken": taken,
             "loss": self.meters.reduce()["losses"][-1],
             "grad_norm": gradient_norm(self.engine) if taken else total,

@@ -36,7 +36,7 @@ _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset",
 
 
 def resolve(config: RunConfig, index: Index) -> RunConfig:
-    """The config with the model's open fields filled in from the data, and DeepSpeed's settings in place of their file's name.
+    """The config with open fields filled in, from the data and the run's length, and DeepSpeed's settings in place of their file's name.
 
     Raises:
         UserError: the data's shape, classes, text, facts or VAE contradict the config; the message names both keys.
@@ -69,7 +69,12 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
         model = dataclasses.replace(model, **found)
     except ValueError as error:
         raise UserError(f"{error}; input_size comes from {config.data.train}") from None
-    return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings()})
+    training = config.training
+    over = {
+        "diffusion": config.diffusion.over(training.steps * training.global_batch),
+        "optimizer": config.optimizer.over(training.steps),
+    }
+    return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings(), **over})
 
 
 def _told(config: RunConfig, index: Index) -> dict[str, Any]:
@@ -131,6 +136,7 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
         "model": model,
         "diffusion.schedule": diffusion["schedule"],
         "diffusion.prediction": diffusion["prediction"],
+        **({"diffusion.uncertainty": True} if config.diffusion.uncertainty else {}),  # as in checkpoints from before there was any
         "data": {
             "labels": index.labels_xxh3,
             "shards": [shard.xxh3 for shard in index.shards],
@@ -145,9 +151,9 @@ def identity(config: RunConfig, index: Index) -> dict[str, Any]:
 
 def check_identity(mine: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
     """Refuses to continue a run with another model, target, schedule, data set or seed."""
-    for key in mine:
-        if mine[key] != saved.get(key, _ABSENT):
-            was, now = _first_difference(saved.get(key, _ABSENT), mine[key])
+    for key in {**mine, **saved}:
+        if mine.get(key, _ABSENT) != saved.get(key, _ABSENT):
+            was, now = _first_difference(saved.get(key, _ABSENT), mine.get(key, _ABSENT))
             raise UserError(
                 f"{folder} was trained with {key} {was}, this config says {now}: restore it, or choose another run_dir for a new run"
             )

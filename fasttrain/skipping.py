@@ -54,11 +54,12 @@ class Skips:
         """A step was taken."""
         self.in_a_row = []
 
-    def note(self, step: int, position: int, grad_norm: float | None, meters: Meters) -> str:
+    def note(self, step: int, position: int, grad_norm: float | None, learning_rate: float, meters: Meters) -> str:
         """Writes a skipped step down; returns what to tell. A collective, only at such steps.
 
         Args:
             position: of the step's first image.
+            grad_norm, learning_rate: of the step.
             meters: that hold the step's losses.
 
         Raises:
@@ -75,7 +76,7 @@ class Skips:
             "losses": [losses for losses, _ in shares],
             "mse_by_timestep": meters.means(rows),
             "grad_norm": grad_norm,
-            "learning_rate": self._config.optimizer.rate(step, self._config.training.steps),
+            "learning_rate": learning_rate,
         }
         self.in_a_row.append(record)
         if self._file is not None:

@@ -262,7 +262,7 @@ class Trainer:
             self.skips.taken()
         else:
             first = self.progress.position - config.training.global_batch
-            reporter.say(self.skips.note(step, first, gradient_norm(self.engine), self.meters))
+            reporter.say(self.skips.note(step, first, gradient_norm(self.engine), self.optimizer.learning_rate, self.meters))
         if last or step % config.log.every == 0:
             self.activity.begin("reporting", step)
             record = self._record(watch)
@@ -324,7 +324,7 @@ class Trainer:
             **self.pareto.record(),
             **self.pace.report(seconds / max(steps, 1)),
             "grad_norm": gradient_norm(self.engine),
-            "learning_rate": self.config.optimizer.rate(self.progress.step, self.config.training.steps),
+            "learning_rate": self.optimizer.learning_rate,
             "skipped": self.progress.step - self.progress.updates,
             "images_per_second": images_per_second,
             "mfu": flops / peak if peak else None,

@@ -198,7 +198,7 @@ def _row_of_bad_steps(processes: Processes, raw: dict[str, Any]) -> tuple[str, i
             if trainer.train_step():
                 trainer.skips.taken()
             else:
-                trainer.skips.note(step, trainer.progress.position - 16, math.inf, trainer.meters)
+                trainer.skips.note(step, trainer.progress.position - 16, math.inf, 1e-3, trainer.meters)
     except DivergedError as error:
         return str(error), trainer.progress.step
     finally:

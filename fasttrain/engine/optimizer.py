@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fasttrain.engine.momentum import Decay, Demon, Momenta, MomentumDecay
 from fasttrain.engine.update import OnePass, Update, Work
 
 Implementation = Literal["fasttrain", "torch", "apex", "deepspeed"]
@@ -34,7 +35,12 @@ class EmaConfig(BaseModel):
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW, its learning rate over the run, and the averages it keeps. The defaults are the Min-SNR paper's."""
+    """AdamW, its learning rate over the run, its momentum, and the averages it keeps. The defaults are the Min-SNR paper's.
+
+    `momentum_decay` lets betas[0] fall over the run and, with `compensate`, the learning rate with it: MDLRC. `decay: demon` is that fall
+    of the learning rate alone, momentum constant; its `floor` and `steps` are those of `momentum_decay`, and like it the fall counts from
+    the first update, not from the end of the warm-up.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -43,7 +49,8 @@ class OptimizerConfig(BaseModel):
     eps: float = Field(default=1e-8, ge=1e-30, le=1e3)  # the arithmetic is fp32
     weight_decay: float = Field(default=0.03, ge=0, le=1e3)
     warmup_steps: int = Field(default=0, ge=0)
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: Decay = "constant"
+    momentum_decay: MomentumDecay | None = None
     ema: tuple[EmaConfig, ...] = (EmaConfig(half_life=1_774_000),)
     implementation: Implementation = "fasttrain"
 
@@ -51,21 +58,48 @@ class OptimizerConfig(BaseModel):
     def _check(self) -> "OptimizerConfig":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        for key, demon in (("decay", self.decay), ("momentum_decay", self.momentum_decay)):
+            if isinstance(demon, Demon) and demon.floor > self.betas[0]:
+                raise ValueError(f"{key}.floor {demon.floor} lies above betas[0] {self.betas[0]}, from which it falls: lower it")
+        if isinstance(self.decay, Demon) and self.momentum_decay is not None and self.momentum_decay.compensate:
+            raise ValueError(
+                "momentum_decay lowers the learning rate as decay: demon does, and both would do it twice: "
+                "set decay to constant, or momentum_decay.compensate to false"
+            )
         return self
 
+    def over(self, steps: int) -> "OptimizerConfig":
+        """The same for a run of so many steps: over which momentum decays, where the config does not say."""
+        if self.momentum_decay is None or self.momentum_decay.steps is not None:
+            return self
+        return self.model_copy(update={"momentum_decay": self.momentum_decay.model_copy(update={"steps": steps})})
+
     def rate(self, step: int, total_steps: int) -> float:
-        """The learning rate of step 1, 2, ... total_steps: linear warm-up, then constant or a decay to zero."""
+        """The learning rate of step 1, 2, ... total_steps: linear warm-up, then constant or a decay.
+
+        With `momentum_decay.compensate` it is compensated besides, by the update's number (`Momenta`), which lags by the skipped steps.
+        """
+        rate = self.learning_rate * self._decayed(step, total_steps)
+        return rate * step / self.warmup_steps if step <= self.warmup_steps else rate
+
+    def _decayed(self, step: int, total_steps: int) -> float:
+        if isinstance(self.decay, Demon):
+            return self.decay.compensation(self.betas[0], step, total_steps)
         if step <= self.warmup_steps:
-            return self.learning_rate * step / self.warmup_steps
+            return 1.0
         done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
-        factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))), "linear": max(0.0, 1 - done)}[self.decay]
-        return self.learning_rate * factor
+        return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))), "linear": max(0.0, 1 - done)}[self.decay]
 
     def build(self, parameters: Iterable[torch.nn.Parameter], update: Update | None = None) -> "AdamWEMA":
         """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does.
 
         `update` is what `updates.choose_update` gives for `implementation`; by default our one pass.
+
+        Raises:
+            ValueError: momentum decays over a run whose length nobody said; see `over`.
         """
+        if self.momentum_decay is not None and self.momentum_decay.steps is None:
+            raise ValueError("momentum_decay.steps is open: give it, or build the optimizer of `over(steps)`")
         return AdamWEMA(
             parameters,
             lr=self.learning_rate,
@@ -73,6 +107,7 @@ class OptimizerConfig(BaseModel):
             eps=self.eps,
             weight_decay=self.weight_decay,
             ema=self.ema,
+            momentum_decay=self.momentum_decay,
             update=update or OnePass(),
         )
 
@@ -103,10 +138,13 @@ class AdamWEMA(torch.optim.Optimizer):
     every step.
 
     Args:
+        betas: b1 of the first update, and b2.
         ema: the averages to keep; their states are named `ema`, `ema_1`, ...
+        momentum_decay: how b1 and the learning rate fall from update to update, with its `steps`; None: b1 stays.
         update: what computes it.
 
     Attributes:
+        learning_rate: of the newest update begun, compensated.
         guard: without ZeRO and in fp32 nothing above this class looks at the gradients: then measure their norm here, clip to
             `max_norm`, and skip the step when it is not finite. ZeRO's own optimizers do the same before they call this one.
     """
@@ -121,10 +159,15 @@ class AdamWEMA(torch.optim.Optimizer):
         weight_decay: float,
         ema: tuple[EmaConfig, ...],
         update: Update,
+        momentum_decay: MomentumDecay | None = None,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.ema = ema
         self.update = update
+        self.learning_rate = lr
+        self._beta2 = betas[1]
+        self._momenta = Momenta(betas[0], momentum_decay)
+        self._momentum = self._momenta.of(1)
         self.max_norm: float | None = None
         self.guard = False
         self.grad_norm: torch.Tensor | None = None
@@ -132,10 +175,12 @@ class AdamWEMA(torch.optim.Optimizer):
         self.clock: Clock | None = None
 
     def begin(self, clock: Clock, learning_rate: float) -> None:
-        """Sets what the next update needs to know."""
+        """Sets what the next update needs to know; the learning rate is that before compensation."""
         self.clock = clock
+        self._momentum = self._momenta.of(clock.update)
+        self.learning_rate = learning_rate * self._momentum.compensation
         for group in self.param_groups:
-            group["lr"] = learning_rate
+            group.update(lr=self.learning_rate, betas=(self._momentum.beta1, self._beta2))
 
     def state_names(self) -> list[str]:
         """The keys of every parameter's state, in a fixed order."""
@@ -170,8 +215,9 @@ class AdamWEMA(torch.optim.Optimizer):
             self.init_state(params)
             exp_avgs, exp_avg_sqs, *emas = ([self.state[p][name] for p in params] for name in self.state_names())
             settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            settings |= {"update": self.clock.update, "product1": self._momentum.product}
             lists = (params, [p.grad for p in params], exp_avgs, exp_avg_sqs, emas)
-            self.update(Work(*lists, **settings, update=self.clock.update, decays=decays, clip=clip, found_inf=self._found_inf))
+            self.update(Work(*lists, **settings, decays=decays, clip=clip, found_inf=self._found_inf))
 
     def _look_at_gradients(self) -> torch.Tensor | None:
         """Measures the norm; returns the factor that clips to `max_norm`. No host sync."""

@@ -1,6 +1,7 @@
 """The ways to do one update of AdamW with averages: our one pass over memory, torch's fused AdamW, and other libraries' Adam classes.
 
 All compute the same formula on the same state, named alike, with the step count handed to them: a checkpoint of one is read by any other.
+Other libraries' code knows one beta1 for all updates; where it decays, `Work.for_constant_momentum` gives numbers that make up for that.
 """
 
 from abc import ABC, abstractmethod
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fasttrain_kernels.adamw_ema import adamw_ema
+from fasttrain_kernels.adamw_ema import adamw_ema, corrections
 from fasttrain_kernels.dispatch import here
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Work:
         params, grads, exp_avgs, exp_avg_sqs: one tensor each of every parameter or flat partition; all but grads fp32.
         emas: for each average, such a list; `decays` are the factors of their old values.
         update: of this update, 1 for the first.
+        product1: the product of every update's beta1 up to and with this one; None where all had this one's.
         clip: [] fp32, factor of the gradient, or None.
         found_inf: [] fp32: not 0 where nothing may change; or None.
     """
@@ -38,6 +40,17 @@ class Work:
     decays: list[float]
     clip: Tensor | None = None
     found_inf: Tensor | None = None
+    product1: float | None = None
+
+    def for_constant_momentum(self) -> tuple[float, float]:
+        """The learning rate and weight decay with which code that corrects by 1 - beta1^update does this update.
+
+        lr' = lr (1 - beta1^update) / (1 - product1), and lr' wd' = lr wd: both products that the update computes with stay. The same
+        numbers where momentum is constant.
+        """
+        mine, _ = corrections(self.betas, self.update, self.product1)
+        theirs, _ = corrections(self.betas, self.update)
+        return (self.lr, self.weight_decay) if mine == theirs else (self.lr * theirs / mine, self.weight_decay * mine / theirs)
 
 
 class Update(ABC):
@@ -71,6 +84,7 @@ class OnePass(Update):
             weight_decay=work.weight_decay,
             update=work.update,
             decays=work.decays,
+            product1=work.product1,
             clip=work.clip,
             found_inf=work.found_inf,
             impl=self.impl,
@@ -89,6 +103,7 @@ class TorchFused(Update):
     def __call__(self, work: Work) -> None:
         _clip(work)
         steps = [torch.full((), float(work.update), device=work.params[0].device)] * len(work.params)
+        lr, weight_decay = work.for_constant_momentum()
         torch._fused_adamw_(
             work.params,
             work.grads,
@@ -96,10 +111,10 @@ class TorchFused(Update):
             work.exp_avg_sqs,
             [],
             steps,
-            lr=work.lr,
+            lr=lr,
             beta1=work.betas[0],
             beta2=work.betas[1],
-            weight_decay=work.weight_decay,
+            weight_decay=weight_decay,
             eps=work.eps,
             amsgrad=False,
             maximize=False,
@@ -132,8 +147,9 @@ class Borrowed(Update):
         if key not in self._made:
             self._made[key] = self._make(work.params)
         optimizer, before = self._made[key], work.update - 1
+        lr, weight_decay = work.for_constant_momentum()
         # Apex counts steps by group, DeepSpeed by parameter.
-        optimizer.param_groups[0].update(lr=work.lr, betas=work.betas, eps=work.eps, weight_decay=work.weight_decay, step=before)
+        optimizer.param_groups[0].update(lr=lr, betas=work.betas, eps=work.eps, weight_decay=weight_decay, step=before)
         for p, m, v in zip(work.params, work.exp_avgs, work.exp_avg_sqs, strict=True):
             optimizer.state[p] = {"step": before, "exp_avg": m, "exp_avg_sq": v}
         optimizer.step()

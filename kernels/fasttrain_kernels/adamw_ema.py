@@ -1,8 +1,10 @@
 """AdamW and exponential moving averages of the weights, in one pass over memory.
 
     g' = clip g;  m = m + (1 - b1)(g' - m);  v = b2 v + (1 - b2) g'^2                       [Loshchilov and Hutter 2019, algorithm 2]
-    p = (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps);  m_hat = m / (1 - b1^update), v_hat = v / (1 - b2^update)
+    p = (1 - lr wd) p - lr m_hat / (sqrt(v_hat) + eps);  m_hat = m / (1 - P1), v_hat = v / (1 - b2^update)
     ema = decay ema + (1 - decay) p, for each average;  weight = p, rounded                    [Polyak and Juditsky 1992]
+
+P1 is the product of the b1 of all updates so far: b1^update, unless b1 changes from update to update.
 
 p, m, v and every ema are fp32, g is of any float type, the optional weights are what a network computes with. Bytes per parameter with a
 bf16 gradient and bf16 weights: 2 read of g, 4 read and 4 written of p, m, v and each ema, 2 written of the weight: 28, and 36 with one
@@ -42,12 +44,13 @@ def adamw_ema_reference(
     weight_decay: float,
     update: int,
     decays: Sequence[float],
+    product1: float | None = None,
     weights: Sequence[Tensor] | None = None,
     clip: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """The update in plain torch, in place, computed in the masters' type; no host sync."""
-    correction1, correction2 = 1 - betas[0] ** update, 1 - betas[1] ** update
+    correction1, correction2 = corrections(betas, update, product1)
     for i, (p, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         averages = [average[i] for average in emas]
         changed = [p, m, v, *averages, *([weights[i]] if weights is not None else [])]
@@ -102,9 +105,14 @@ def _adamw_ema_op(
     torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *emas, *weights])
 
 
-def _numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, update: int) -> list[float]:
+def corrections(betas: tuple[float, float], update: int, product1: float | None = None) -> tuple[float, float]:
+    """What m and v are divided by for m_hat and v_hat: 1 - P1 and 1 - b2^update."""
+    return 1 - (betas[0] ** update if product1 is None else product1), 1 - betas[1] ** update
+
+
+def _numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, update: int, product1: float | None) -> list[float]:
     """What the kernels compute with, rounded to fp32 only there: 1 - b1, b2, 1 - b2, sqrt(1 - b2^update), eps, 1 - lr wd, the rate of p."""
-    correction1, correction2 = 1 - betas[0] ** update, 1 - betas[1] ** update
+    correction1, correction2 = corrections(betas, update, product1)
     return [1 - betas[0], betas[1], 1 - betas[1], math.sqrt(correction2), eps, 1 - lr * weight_decay, lr / correction1]
 
 
@@ -121,6 +129,7 @@ def adamw_ema(
     weight_decay: float,
     update: int,
     decays: Sequence[float],
+    product1: float | None = None,
     weights: Sequence[Tensor] | None = None,
     clip: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -138,13 +147,14 @@ def adamw_ema(
         lr, betas, eps, weight_decay: AdamW's.
         update: of this update, 1 for the first.
         decays: of each average, the factor of its old value in this update.
+        product1: P1, the product of every update's b1 up to and with this one, in [0, 1); or None where all had this b1.
         weights: written with the new masters, rounded: a list as params, fp32, bf16 or fp16, all of one type; or None.
         clip: [] fp32 on the device, a factor of the gradient; or None.
         found_inf: [] fp32 on the device: where it is not 0, nothing is changed; or None.
         impl: "auto", "triton" or "reference".
 
     Raises:
-        ValueError: lists, shapes, types or devices disagree, update is not positive, or `impl` cannot run here.
+        ValueError: lists, shapes, types or devices disagree, update is not positive, product1 is none, or `impl` cannot run here.
     """
     columns = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **{f"emas[{i}]": ema for i, ema in enumerate(emas)}}
     _check(params, columns if weights is None else {**columns, "weights": weights})
@@ -152,6 +162,8 @@ def adamw_ema(
         raise ValueError(f"decays must hold one number for each of the {len(emas)} averages, got {len(decays)}")
     if update < 1:
         raise ValueError(f"update must be 1 or more, got {update}")
+    if product1 is not None and not 0 <= product1 < 1:
+        raise ValueError(f"product1 is a product of numbers in [0, 1) and must lie there, got {product1}")
     if not params:
         return
     scalars = {name: t for name, t in (("clip", clip), ("found_inf", found_inf)) if t is not None}
@@ -159,7 +171,7 @@ def adamw_ema(
         if scalar.numel() != 1 or scalar.dtype != torch.float32:
             raise ValueError(f"{name} must be one fp32 number on the device, got {list(scalar.shape)} {scalar.dtype}")
     require_same_device(params[0].device, **scalars)
-    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": update}
+    settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update": update, "product1": product1}
     if choose(impl, params[0], grads[0]) == "reference":
         settings |= {"decays": decays, "weights": weights, "clip": clip, "found_inf": found_inf}
         adamw_ema_reference(params, grads, exp_avgs, exp_avg_sqs, emas, **settings)
