@@ -1,6 +1,7 @@
 """What a comparison of convergence is: its arms, seeds, budget, points and score, as a YAML file under benchmarks/presets or anywhere."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +85,7 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """As a folder's name."""
-        return "-".join((self.group, self.arm, str(self.seed))).replace(" ", "-").replace("/", "-")
+        return re.sub(r"[^\w.]+", "-", f"{self.group} {self.arm} {self.seed}")
 
 
 class Preset(Section):
@@ -116,6 +117,8 @@ class Preset(Section):
             raise ValueError(f"score.fixed {self.score.fixed!r} is none of score.weights: {', '.join(self.score.weights)}")
         if not all(0 < fraction <= 1 for fraction in self.thresholds):
             raise ValueError(f"thresholds are fractions of the budget, above 0 and up to 1, got {list(self.thresholds)}")
+        if len({run.name for run in self.runs()}) < len(list(self.runs())):
+            raise ValueError("groups: two arms would have one folder; names must differ in more than signs")
         return self
 
     def runs(self) -> Iterator[Run]:
@@ -140,7 +143,7 @@ class Preset(Section):
         """A training's config. Raises UserError where it does not load."""
         return load_config(ROOT / self.config, [*self.overrides_of(run), *folders])
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Images of a step."""
         return self.config_of(next(self.runs())).training.global_batch
