@@ -120,6 +120,8 @@ def _check(config: RunConfig, processes: Processes) -> None:
             "diffusion.weighting pareto takes gradients of each range apart, and under ZeRO 3 no rank holds the weights for that: "
             "set zero_optimization.stage to 2, or choose another weighting"
         )
+    if config.diffusion.uncertainty:
+        raise UserError("diffusion.weighting pareto and diffusion.uncertainty both decide how ranges count: remove one of them")
     if asked.samples % (2 * processes.world_size):
         raise UserError(
             f"diffusion.weighting.samples {asked.samples} do not go into two halves on {processes.world_size} processes: "

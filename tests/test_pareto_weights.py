@@ -113,6 +113,18 @@ def refused(processes: Processes, settings: dict[str, Any]) -> str:
     return str(told.value)
 
 
-def test_zero_3_is_refused_by_name(tmp_path, digits):
-    [told] = run_ranks(1, refused, raw(tmp_path / "run", digits, stage=3))
-    assert "pareto" in told and "zero_optimization.stage to 2" in told
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"deepspeed": zero(3)}, "zero_optimization.stage to 2"),
+        ({"diffusion": {"weighting": WEIGHTING, "uncertainty": True}}, "diffusion.uncertainty"),
+    ],
+)
+def test_what_cannot_be_solved_for_is_refused_by_name(tmp_path, digits, changed, told):
+    [message] = run_ranks(1, refused, {**raw(tmp_path / "run", digits), **changed})
+    assert "pareto" in message and told in message
+
+
+def test_samples_that_ranks_cannot_share_are_refused(tmp_path, digits):
+    for message in run_ranks(2, refused, raw(tmp_path / "run", digits, samples=6)):
+        assert "choose a multiple of 4" in message
