@@ -1,0 +1,116 @@
+"""Real runs of the strategies beside the weightings: curriculum, momentum decay, preconditioning and uncertainty, under ZeRO, resumed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.commands.export import _facts
+from fasttrain.config import parse_config
+from fasttrain.diffusion.curriculum import Curriculum
+from fasttrain.engine.distributed import Processes
+from fasttrain.errors import UserError
+from fasttrain.run import read_run, write_folder
+from fasttrain.trained import Trained
+from tests.ranks import run_ranks
+from tests.runs import GLOBAL_BATCH, plain_config, start, trace, zero
+
+STEPS = 4
+SMALL = {"name": "dit", "depth": 1, "width": 16, "heads": 2, "patch": 4}
+STRATEGIES: dict[str, Any] = {
+    "optimizer": {"momentum_decay": {"floor": 0.2}, "betas": [0.9, 0.99]},
+    "diffusion": {
+        "schedule": "edm",
+        "prediction": "edm",
+        "weighting": {"name": "edm", "gamma": 5},
+        "timesteps": {"name": "curriculum", "images": 40},
+        "uncertainty": True,
+    },
+}
+
+
+def strategies(run_dir: Path, digits: Path, stage: int, precision: str = "fp32", **sections: Any) -> dict[str, Any]:
+    raw = plain_config(run_dir, digits, deepspeed=zero(stage), training={"precision": precision, "steps": 2 * STEPS}, **STRATEGIES)
+    return {**raw, "model": SMALL, **sections}
+
+
+def _whole_and_resumed(processes: Processes, raw: dict[str, Any], stages: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One run of all steps, and one that is saved half way and goes on under another stage."""
+    whole = trace(processes, {**raw, "run_dir": f"{raw['run_dir']}-whole"}, 2 * STEPS)
+    trace(processes, raw, STEPS, save=True)
+    return whole, trace(processes, {**raw, "deepspeed": zero(stages[1])}, STEPS)
+
+
+@pytest.mark.parametrize("stages", [(3, 1), (2, 2)], ids=str)
+def test_all_of_them_train_under_every_zero_stage_and_go_on_from_a_checkpoint(stages: tuple[int, int], tmp_path: Path, digits: Path):
+    raw = strategies(tmp_path / "run", digits, stages[0])
+    whole, resumed = run_ranks(2, _whole_and_resumed, raw, stages)[0]
+    torch.testing.assert_close(resumed["losses"], whole["losses"][STEPS:], rtol=1e-5 if stages[0] != stages[1] else 0, atol=0)
+    for key, tensors in whole["state"].items():
+        weight = tensors["uncertainty.weight"]
+        assert weight.shape == (32,) and weight.abs().max() > 0, key
+        torch.testing.assert_close(resumed["state"][key]["uncertainty.weight"], weight, rtol=1e-4, atol=1e-7)
+
+
+def test_stages_and_numbers_of_ranks_agree(tmp_path: Path, digits: Path):
+    found = [
+        run_ranks(ranks, trace, strategies(tmp_path / f"{ranks}-{stage}", digits, stage), STEPS)[0] for ranks, stage in ((1, 0), (2, 3))
+    ]
+    torch.testing.assert_close(found[1]["losses"], found[0]["losses"], rtol=1e-5, atol=0)
+
+
+def _learned(processes: Processes, raw: dict[str, Any]) -> tuple[list[float], list[tuple[float, float]], float]:
+    trainer = start(processes, raw)
+    losses = [trainer.optimizer.learning_rate]
+    for _ in range(STEPS):
+        trainer.train_step()
+        losses.append(trainer.optimizer.learning_rate)
+    groups = [(group["lr"], group["betas"][0]) for group in trainer.optimizer.param_groups]
+    images = trainer.config.diffusion.timesteps.images
+    trainer.loader.close()
+    return losses, groups, images
+
+
+def test_open_lengths_are_those_of_the_run_and_the_rate_told_is_the_one_taken(tmp_path: Path, digits: Path):
+    raw = strategies(tmp_path / "run", digits, 1)
+    raw["diffusion"] = {**raw["diffusion"], "timesteps": "curriculum"}
+    rates, groups, images = run_ranks(1, _learned, raw)[0]
+    assert images == round(0.2 * 2 * STEPS * GLOBAL_BATCH)
+    left = [1 - k / (2 * STEPS) for k in range(STEPS)]
+    betas = [max(0.2, 0.9 * r / (0.1 + 0.9 * r)) for r in left]
+    assert rates[1:] == pytest.approx([1e-3 * 0.1 / (1 - beta) for beta in betas])
+    assert groups == [pytest.approx((rates[-1], betas[-1]))]
+
+
+def _run_to_sample(processes: Processes, raw: dict[str, Any]) -> None:
+    trainer = start(processes, raw)
+    write_folder(trainer.config, trainer.index, processes)
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    trainer.saver.finish()
+    trainer.loader.close()
+
+
+def test_a_trained_network_predicts_without_its_uncertainty_and_exports_it_by_name(tmp_path: Path, digits: Path):
+    raw = strategies(tmp_path / "run", digits, 1)
+    run_ranks(1, _run_to_sample, raw)
+    trained = Trained.load(tmp_path / "run", "ema", torch.device("cpu"))
+    from fasttrain.cond import Cond
+
+    out = trained.network(torch.zeros(2, *trained.index.x0_shape), torch.tensor([1.0, 2.0]), Cond(torch.tensor([0, 1])))
+    assert isinstance(out, torch.Tensor) and out.shape[0] == 2
+    assert "uncertainty.weight" in trained.network.state_dict() and _facts(trained)["config"]["diffusion"]["uncertainty"] is True
+    config, _ = read_run(tmp_path / "run")
+    assert isinstance(config.diffusion.timesteps, Curriculum) and config.optimizer.momentum_decay is not None
+    assert config.optimizer.momentum_decay.steps == 2 * STEPS
+    without = {**raw, "diffusion": {**raw["diffusion"], "uncertainty": False}}
+    with pytest.raises(Exception, match=r"was trained with diffusion\.uncertainty True, this config says"):
+        run_ranks(1, trace, without, 1)
+
+
+def test_a_vit_refuses_edm_s_real_timesteps(tmp_path: Path, digits: Path):
+    raw = plain_config(tmp_path / "run", digits, diffusion={"schedule": "edm"})
+    with pytest.raises(UserError, match=r"diffusion\.schedule edm has real ones: take a dit or an mmdit"):
+        parse_config(raw, "test")
