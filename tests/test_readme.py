@@ -54,5 +54,5 @@ def test_the_weighting_it_shows_works() -> None:
     [code] = [block for language, block in BLOCKS if language == "python"]
     registry = Registry("weighting")
     exec(code, {"WEIGHTINGS": registry, "dataclass": dataclass, "Tensor": Tensor})
-    weighting = registry.build({"name": "p2", "gamma": 0.5})
-    torch.testing.assert_close(weighting(torch.tensor([0.0, 3.0])), torch.tensor([0.0, 1.5]))
+    weighting = registry.build({"name": "debiased", "power": 0.5})
+    torch.testing.assert_close(weighting(torch.tensor([0.0, 4.0])), torch.tensor([0.0, 2.0]))
