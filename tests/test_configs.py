@@ -151,7 +151,9 @@ def _typed(config: Path) -> list[list[str]]:
 @pytest.mark.parametrize(("config", "arguments"), [(config, typed) for config in CONFIGS for typed in _typed(config)], ids=str)
 def test_the_commands_in_its_head_are_understood(config: Path, arguments: list[str]):
     args = _parse(arguments)
-    assert args.command != "train" or args.config == config
+    if args.command == "train":
+        assert args.config == config
+        load_config(config, args.overrides)
 
 
 def _rows(config: Path) -> list[list[str]]:
