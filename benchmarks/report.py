@@ -10,13 +10,16 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from benchmarks import fault_tables, miniature_tables, plots, proof_tables, tables, targets, two_host_table
+from benchmarks import convergence_tables, fault_tables, miniature_tables, plots, proof_tables, tables, targets, two_host_table
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
 MARKED = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+
+COMPARISONS = ("digits-smoke", "digits", "digits-full", "gamma", "strategies", "recipe", "cifar10", "cifar10-cpu", "imagenet256")
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "targets": targets.table,
@@ -37,6 +40,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "size_control": miniature_tables.size_control,
     "text_to_image": miniature_tables.text_to_image,
     "resolution_transfer": miniature_tables.resolution_transfer,
+    **{f"convergence-{name}": partial(convergence_tables.convergence, name) for name in COMPARISONS},
 }
 PICTURES: dict[str, Callable[[plots.Result], str]] = {
     "kernels": plots.kernel_bars,
