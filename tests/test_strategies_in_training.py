@@ -1,12 +1,15 @@
 """Real runs of the strategies beside the weightings: curriculum, momentum decay, preconditioning and uncertainty, under ZeRO, resumed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from fasttrain.commands.export import _facts
+from fasttrain.cli import main
+from fasttrain.cond import Cond
 from fasttrain.config import parse_config
 from fasttrain.diffusion.curriculum import Curriculum
 from fasttrain.engine.distributed import Processes
@@ -93,15 +96,17 @@ def _run_to_sample(processes: Processes, raw: dict[str, Any]) -> None:
     trainer.loader.close()
 
 
-def test_a_trained_network_predicts_without_its_uncertainty_and_exports_it_by_name(tmp_path: Path, digits: Path):
+def test_a_trained_network_predicts_without_its_uncertainty_which_is_not_exported(tmp_path: Path, digits: Path):
     raw = strategies(tmp_path / "run", digits, 1)
     run_ranks(1, _run_to_sample, raw)
     trained = Trained.load(tmp_path / "run", "ema", torch.device("cpu"))
-    from fasttrain.cond import Cond
-
     out = trained.network(torch.zeros(2, *trained.index.x0_shape), torch.tensor([1.0, 2.0]), Cond(torch.tensor([0, 1])))
     assert isinstance(out, torch.Tensor) and out.shape[0] == 2
-    assert "uncertainty.weight" in trained.network.state_dict() and _facts(trained)["config"]["diffusion"]["uncertainty"] is True
+    assert trained.network.get_parameter("uncertainty.weight").abs().max() > 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model.safetensors")]) == 0
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "blocks.0.attn.qkv.weight" in file.keys() and not any("uncertainty" in name for name in file.keys())  # noqa: SIM118
+        assert json.loads(file.metadata()["config"])["diffusion"]["uncertainty"] is True
     config, _ = read_run(tmp_path / "run")
     assert isinstance(config.diffusion.timesteps, Curriculum) and config.optimizer.momentum_decay is not None
     assert config.optimizer.momentum_decay.steps == 2 * STEPS

@@ -145,7 +145,8 @@ def _readme(name: str, facts: Mapping[str, Any], advice: list[str]) -> str:
         "```",
         "",
         f"- Timesteps: of the schedule {json.dumps(diffusion['schedule'])}.",
-        f"- Output: the prediction {json.dumps(diffusion['prediction'])} (eps, x0, v = alpha eps - sigma x0, or flow = eps - x0).",
+        f"- Output: the prediction {json.dumps(diffusion['prediction'])} (eps, x0, v = alpha eps - sigma x0, flow = eps - x0, "
+        "or edm = (sigma x0 / d - d alpha eps) / r of an input x_t / r, r = sqrt(sigma^2 + d^2 alpha^2), d = sigma_data).",
         f"- Input: {scaling if data['scale'] else 'x0 = pixels in [-1, 1]'}. Autoencoder: {json.dumps(data['vae'])}.",
         f"- Text encoder: {json.dumps(data['text'])}. Classes: {facts['model'].get('num_classes')}; one past the last means none.",
         "- The whole config of the run: fasttrain.json.",
