@@ -2,7 +2,9 @@
 
 import io
 import math
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fasttrain.files import write_whole
+from fasttrain.files import whole, write_whole
 
 Images = NDArray[np.uint8]  # [n, H, W, C], C = 1 (grey) or 3 (RGB)
 
@@ -72,14 +74,31 @@ def save_pngs(folder: Path, numbers: Iterable[int], images: Images) -> None:
         write_whole(folder / f"{number:06d}.png", _png(image))
 
 
-def save_npz(path: Path, images: Images, labels: NDArray[np.int64] | None) -> None:
-    """Writes `arr_0` (uint8 [n, H, W, C]) and, where there are classes, `labels` (int64 [n]): the sample batch of ADM's evaluation."""
-    buffer = io.BytesIO()
-    if labels is None:
-        np.savez(buffer, arr_0=images)
-    else:
-        np.savez(buffer, arr_0=images, labels=labels)
-    write_whole(path, buffer.getbuffer())
+@contextmanager
+def npz_stream(path: Path, count: int) -> Iterator[Callable[[Images, NDArray[np.int64] | None], None]]:
+    """The sample batch of ADM's evaluation, `arr_0` (uint8 [count, H, W, C]) and, where there are classes, `labels` (int64 [count]).
+
+    Gives a function that takes the next images [n, H, W, C] and labels [n] or None: no more than those are in memory. All must be of one
+    shape, and `count` together.
+    """
+    labels: list[NDArray[np.int64]] = []
+    with whole(path) as draft, zipfile.ZipFile(draft, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            begun = False
+
+            def add(images: Images, classes: NDArray[np.int64] | None) -> None:
+                nonlocal begun
+                if not begun:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                begun = True
+                file.write(np.ascontiguousarray(images).data)
+                labels.extend([] if classes is None else [classes])
+
+            yield add
+        if labels:
+            with archive.open("labels.npy", "w") as file:
+                np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
 
 
 def _png(image: Images) -> bytes:

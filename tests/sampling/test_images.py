@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fasttrain.sampling.images import GROUND, save_grid, save_npz, save_pngs, tile, to_uint8
+from fasttrain.sampling.images import GROUND, npz_stream, save_grid, save_pngs, tile, to_uint8
 
 
 def digits(count: int, channels: int = 1) -> np.ndarray:
@@ -52,7 +52,9 @@ def test_files_read_back(tmp_path: Path, channels: int) -> None:
     images = digits(3, channels)
     save_grid(tmp_path / "made" / "grid.png", images)
     save_pngs(tmp_path / "png", [4, 5, 6], images)
-    save_npz(tmp_path / "samples.npz", images, np.array([1, 2, 0]))
+    with npz_stream(tmp_path / "samples.npz", 3) as add:
+        add(images[:2], np.array([1, 2]))
+        add(images[2:], np.array([0]))
     grid = np.asarray(Image.open(tmp_path / "made" / "grid.png")).reshape(140, 140, channels)
     assert np.array_equal(grid, tile(images))
     single = np.asarray(Image.open(tmp_path / "png" / "000005.png")).reshape(8, 8, channels)
@@ -60,7 +62,8 @@ def test_files_read_back(tmp_path: Path, channels: int) -> None:
     with np.load(tmp_path / "samples.npz") as stored:
         assert np.array_equal(stored["arr_0"], images) and stored["arr_0"].dtype == np.uint8
         assert stored["labels"].tolist() == [1, 2, 0]
-    save_npz(tmp_path / "unlabelled.npz", images, None)
+    with npz_stream(tmp_path / "unlabelled.npz", 3) as add:
+        add(images, None)
     with np.load(tmp_path / "unlabelled.npz") as stored:
         assert stored.files == ["arr_0"] and np.array_equal(stored["arr_0"], images)
     assert not list(tmp_path.rglob("*.tmp"))
