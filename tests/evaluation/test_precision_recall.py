@@ -42,9 +42,15 @@ def test_samples_that_copy_a_few_images_are_precise_and_recall_little() -> None:
     assert found.precision == 1 and found.recall == 5 / 200
 
 
+def test_images_that_stand_there_four_times_are_balls_of_no_size_that_hold_their_equals() -> None:
+    one = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(one, one.repeat(4, 1)).precision == 1
+    assert precision_recall(one + 1e-3, one.repeat(4, 1)).precision == 0
+
+
 def test_a_far_mean_costs_no_digits() -> None:
     samples, reference = vectors(40, 0, 0.7, 0.4).double(), vectors(53, 1).double()
-    assert precision_recall(samples + 1e6, reference + 1e6)[:2] == precision_recall(samples, reference)[:2]
+    assert precision_recall(samples + 1e8, reference + 1e8)[:2] == precision_recall(samples, reference)[:2]
 
 
 def test_too_few_vectors_or_other_lengths_are_refused() -> None:
