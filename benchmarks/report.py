@@ -19,7 +19,18 @@ from benchmarks.environment import RESULTS, ROOT
 README = ROOT / "README.md"
 MARKED = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 
-COMPARISONS = ("digits-smoke", "digits", "digits-full", "gamma", "strategies", "recipe", "cifar10", "cifar10-cpu", "imagenet256")
+COMPARISONS = (
+    "digits-smoke",
+    "digits-smoke-seeds",
+    "digits",
+    "digits-full",
+    "gamma",
+    "strategies",
+    "recipe",
+    "cifar10",
+    "cifar10-cpu",
+    "imagenet256",
+)
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "targets": targets.table,
