@@ -14,7 +14,7 @@ from fasttrain.files import write_whole
 COLOURS = ("#5b8def", "#e4572e", "#2a9d8f", "#b5179e", "#6d597a", "#f4a261", "#9aa5b1", "#264653", "#8ab17d", "#bc6c25")
 INK, FAINT, PAPER = "#222222", "#d5d9de", "#ffffff"
 WIDTH, HEIGHT = 640, 400  # of a panel
-LEFT, RIGHT, TOP, BOTTOM = 76, 24, 44, 52  # its margins
+LEFT, RIGHT, TOP, BOTTOM = 76, 32, 44, 52  # its margins
 HEAD, LEGEND_ROW = 44, 20
 CELL, LABELS = 56, 150
 MOST_TICKS = 6
@@ -99,7 +99,7 @@ def line_chart(path: Path, title: str, panels: Sequence[Panel], columns: int = 2
     top = HEAD + LEGEND_ROW * (1 + max((row for _, row in places), default=0))
     picture = Image.new("RGB", (columns * WIDTH, top + HEIGHT * math.ceil(len(panels) / columns)), PAPER)
     pen = ImageDraw.Draw(picture, "RGBA")
-    pen.text((20, 12), title, INK, _font(18))
+    _title(pen, title, picture.width)
     for name, (x, row) in zip(names, places, strict=True):
         y = HEAD + LEGEND_ROW * row
         pen.rectangle((x, y, x + 11, y + 11), _colour(names, name))
@@ -114,11 +114,17 @@ def heat_chart(path: Path, title: str, heats: Sequence[Heat]) -> None:
     width = max((LABELS + CELL * len(heat.columns) + 20 for heat in heats), default=LABELS)
     picture = Image.new("RGB", (max(width, 480), HEAD + sum(map(_heat_height, heats))), PAPER)
     pen, top = ImageDraw.Draw(picture), HEAD
-    pen.text((20, 12), title, INK, _font(18))
+    _title(pen, title, picture.width)
     for heat in heats:
         _heat(pen, heat, top)
         top += _heat_height(heat)
     _save(path, picture)
+
+
+def _title(pen: ImageDraw.ImageDraw, title: str, width: int) -> None:
+    """As large as fits above the picture."""
+    size = next((size for size in range(18, 10, -1) if _font(size).getlength(title) <= width - 40), 10)
+    pen.text((20, 12), title, INK, _font(size))
 
 
 def _panel(pen: ImageDraw.ImageDraw, panel: Panel, names: list[str], corner: tuple[int, int]) -> None:
@@ -232,7 +238,7 @@ def _can_show(value: float, log: bool) -> bool:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return ""
-    return f"{value / 1e6:g} M" if abs(value) >= 1e6 else f"{value / 1e3:g} k" if abs(value) >= 1e4 else f"{value:.3g}"
+    return f"{value / 1e6:.3g} M" if abs(value) >= 1e6 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _colour(names: list[str], name: str) -> str:
