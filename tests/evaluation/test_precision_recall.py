@@ -42,10 +42,11 @@ def test_samples_that_copy_a_few_images_are_precise_and_recall_little() -> None:
     assert found.precision == 1 and found.recall == 5 / 200
 
 
-def test_images_that_stand_there_four_times_are_balls_of_no_size_that_hold_their_equals() -> None:
-    one = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    assert precision_recall(one, one.repeat(4, 1)).precision == 1
-    assert precision_recall(one + 1e-3, one.repeat(4, 1)).precision == 0
+def test_equal_images_are_at_no_distance() -> None:
+    """Nor at what rounding leaves: balls of no size would hold some of their equals and not others."""
+    one = torch.randn(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert module._squared(one, one).diagonal().tolist() == [0.0] * 50
+    assert precision_recall(one, one.repeat(4, 1)).precision == 1 and precision_recall(one + 1e-3, one.repeat(4, 1)).precision == 0
 
 
 def test_a_far_mean_costs_no_digits() -> None:
