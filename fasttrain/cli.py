@@ -33,6 +33,9 @@ ANALYSES = {
     "instability": ("fasttrain.commands.analyses.instability", "how UGD's weights vary with the samples behind them, and what they cost"),
     "ranges": ("fasttrain.commands.analyses.ranges", "the unweighted loss of each timestep range over training"),
     "finetune": ("fasttrain.commands.analyses.finetune", "what training on one range of timesteps does to all others"),
+    "consistency": ("fasttrain.commands.analyses.consistency", "how alike several models' images from the same noise are"),
+    "interpolate": ("fasttrain.commands.analyses.interpolate", "the loss on the straight line between two checkpoints or runs"),
+    "hessian": ("fasttrain.commands.analyses.hessian", "the spectrum of the loss's Hessian, by Lanczos' method"),
 }
 
 

@@ -43,9 +43,9 @@ class Drawing(NamedTuple):
     batches: Iterator[Made]  # of this rank, in increasing order of number
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser, count: int) -> None:
-    """Run, sampler, guidance and what is asked of the samples."""
-    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`")
+def add_generation_arguments(parser: argparse.ArgumentParser, count: int, several: bool = False) -> None:
+    """Run, or `several`, sampler, guidance and what is asked of the samples."""
+    parser.add_argument("run", type=Path, nargs="+" if several else None, help=f"run folder{'s' if several else ''} of `fasttrain train`")
     parser.add_argument("--count", type=int, default=count, help=f"how many samples (default {count})")
     parser.add_argument("--batch", type=int, default=128, help="samples made at once by a process (default 128)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples: sample i is a function of it and i")
