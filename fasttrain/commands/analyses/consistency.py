@@ -145,7 +145,7 @@ def _result(args: argparse.Namespace, names: list[str], pairs: list[list[Pair]])
         "weights": args.weights,
         "metric": "PSNR = 10 log10(1 / MSE) in dB, per pair of images of 8 bits in [0, 1]; mean over samples and its standard error",
         "most": MOST_DB,
-        "control": "the same classes or prompts, other noise",
+        "control_is": "the same classes or prompts, other noise",
         "samples": args.count,
         "seed": args.seed,
         "sampler": " ".join(args.sampler),
