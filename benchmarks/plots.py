@@ -54,11 +54,3 @@ def parity_lines(result: Result) -> str:
 
 def _numbered(values: list[float]) -> list[tuple[float, float]]:
     return [(float(step), value) for step, value in enumerate(values, start=1)]
-
-
-def transfer_lines(result: Result) -> str:
-    """Distance against images at 16 pixels, a line an arm."""
-    curves = {name: [(float(images), distance) for images, distance in arm["curve"]] for name, arm in result["arms"].items()}
-    halves = {name: points[len(points) // 2 :] for name, points in curves.items()}
-    title = "CIFAR-10 at 16 pixels: Frechet distance of raw pixels by images trained on"
-    return lines(title, [("all looks", curves, True), ("the later half", halves, True)])

@@ -57,7 +57,6 @@ PICTURES: dict[str, Callable[[plots.Result], str]] = {
     "kernels": plots.kernel_bars,
     "step": plots.step_bars,
     "parity": plots.parity_lines,
-    "resolution_transfer": plots.transfer_lines,
 }
 
 

@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks import plots, tables
+from benchmarks import tables
 from benchmarks.environment import environment, results_folder
 from benchmarks.miniature_runs import Laboratory, TimeIsUp, overrides, side_by_side
 from benchmarks.miniature_tables import resolution_transfer_rows
 from benchmarks.whole_file import write_json
+from fasttrain.charts import Line, Panel, line_chart
 from fasttrain.data.shards import ShardSet
 from fasttrain.evaluation.features import Images, Pixels
 from fasttrain.evaluation.frechet import Gaussian, Moments, frechet_distance
@@ -176,6 +177,13 @@ def summary(race: Race) -> dict[str, Any]:
     return {"thresholds": thresholds, "floor": race.floor, "real_images": race.real_images, "arms": arms}
 
 
+def draw_curves(path: Path, result: dict[str, Any]) -> None:
+    """Distance against images at 16 pixels, a line an arm."""
+    lines = [Line(name, [(float(images), distance) for images, distance in arm["curve"]]) for name, arm in result["arms"].items()]
+    panel = Panel("CIFAR-10 at 16 pixels", lines, "images", "Frechet distance", log_x=True, log_y=True)
+    line_chart(path, "Frechet distance of raw pixels by images trained on", [panel])
+
+
 def main() -> int:
     """Runs the race, prints the table, writes the JSON, the plot and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +212,7 @@ def main() -> int:
         "seconds": round(race.lab.seconds, 1),
     }
     write_json(args.out, result)
-    args.out.with_suffix(".svg").write_text(plots.transfer_lines(result))
+    draw_curves(args.out.with_name(f"{args.out.stem}-curves.png"), result)
     save_grid(args.out.with_suffix(".png"), np.concatenate(_rows(race.pictures)), columns=SHOWN)
     tables.show(*resolution_transfer_rows(result), title="Frechet distance of raw pixels, 16 x 16")
     return 0
