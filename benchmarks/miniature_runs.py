@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,19 +29,7 @@ IMPORTED = [
     *(f"fasttrain.commands.{command}" for command in ("train", "sample", "evaluate")),
 ]
 MOST_SHOWN = 4000  # characters of what a failed command printed
-GRACE = 60.0  # seconds in which a command whose time is up may save
-
-
-class TimeIsUp(Exception):
-    """The experiment's time ended before this command did."""
-
-
-class CommandFailed(Exception):
-    """A command's status was not 0; the message holds what it printed."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+GRACE, GRACE_SHARE = 60.0, 0.1  # seconds before the end at which a command is asked to save, and the most of the whole time
 
 
 class Spent(NamedTuple):
@@ -50,6 +39,26 @@ class Spent(NamedTuple):
     cpu_seconds: float
 
 
+class NotDone(Exception):
+    """A command did not do what was asked; `spent`: what it took all the same."""
+
+    def __init__(self, message: str, spent: Spent):
+        super().__init__(message)
+        self.spent = spent
+
+
+class TimeIsUp(NotDone):
+    """The experiment's time ended before this command did."""
+
+
+class CommandFailed(NotDone):
+    """A command's status was not 0; the message holds what it printed."""
+
+    def __init__(self, message: str, spent: Spent, status: int):
+        super().__init__(message, spent)
+        self.status = status
+
+
 @dataclass
 class Laboratory:
     """A folder for an experiment's files, and the time that it may take.
@@ -57,11 +66,13 @@ class Laboratory:
     Args:
         folder: logs of the commands go to `folder/logs`.
         minutes: from now on; what runs then is ended.
+        grace: seconds before that at which what runs is asked to save and end; None: a minute, of a short time a tenth.
     """
 
     folder: Path
     minutes: float
     began: float = field(default_factory=time.monotonic)
+    grace: float | None = None
     _numbers: list[int] = field(default_factory=lambda: [0])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -79,6 +90,12 @@ class Laboratory:
         """Until the end, at least 0."""
         return max(0.0, 60 * self.minutes - self.seconds)
 
+    @property
+    def _seconds_to_work(self) -> float:
+        """Until what runs is asked to end."""
+        grace = min(GRACE, GRACE_SHARE * 60 * self.minutes) if self.grace is None else self.grace
+        return max(0.0, self.seconds_left - grace)
+
     def command(
         self, *arguments: str | Path, about: str, launcher: Sequence[str] = (), environment: Mapping[str, str] | None = None
     ) -> Spent:
@@ -89,29 +106,37 @@ class Laboratory:
             environment: variables to set for it.
 
         Raises:
-            TimeIsUp: no time is left, or it was not done in time: it was told to save and end, and after `GRACE` seconds ended.
+            TimeIsUp: no time is left, or it was not done in time: it was asked to save and end, and at the end of the time was ended.
             CommandFailed: its status was not 0.
         """
-        if not self.seconds_left:
-            raise TimeIsUp(f"{about}: not begun after {self.seconds:.0f} s of the experiment")
+        if not self._seconds_to_work:
+            raise TimeIsUp(f"{about}: not begun after {self.seconds:.0f} s of the experiment", Spent(0.0, 0.0))
         began, log = time.monotonic(), self._log(about)
         ours, theirs = _server.Pipe()
         words = [str(argument) for argument in arguments]
         process = _server.Process(target=_run, args=(words, log, list(launcher), dict(environment or {}), theirs))
         process.start()
         theirs.close()
-        process.join(self.seconds_left)
-        if process.exitcode is None:
-            process.terminate()
-            process.join(GRACE)
-            process.kill()
-            process.join()
-            raise TimeIsUp(f"{about}: not done after {self.seconds:.0f} s of the experiment")
+        in_time = self._ended(process)
+        spent = Spent(time.monotonic() - began, _told(ours))
+        if not in_time:
+            raise TimeIsUp(f"{about}: not done after {self.seconds:.0f} s of the experiment", spent)
         if process.exitcode:
             printed = log.read_text(errors="replace")[-MOST_SHOWN:]
-            raise CommandFailed(f"fasttrain {' '.join(words)}: status {process.exitcode}\n{printed}", process.exitcode)
-        print(f"{self.seconds:6.0f} s  {about} ({time.monotonic() - began:.0f} s)", flush=True)
-        return Spent(time.monotonic() - began, ours.recv() if ours.poll() else 0.0)
+            raise CommandFailed(f"fasttrain {' '.join(words)}: status {process.exitcode}\n{printed}", spent, process.exitcode)
+        print(f"{self.seconds:6.0f} s  {about} ({spent.seconds:.0f} s)", flush=True)
+        return spent
+
+    def _ended(self, process: BaseProcess) -> bool:
+        """Waits for a command's end, or makes it end in time; whether it ended by itself."""
+        process.join(self._seconds_to_work)
+        if process.exitcode is not None:
+            return True
+        process.terminate()
+        process.join(self.seconds_left)
+        process.kill()
+        process.join()
+        return False
 
     def _log(self, about: str) -> Path:
         with self._lock:
@@ -129,6 +154,14 @@ def side_by_side(jobs: Sequence[Any], workers: int) -> list[Any]:
 def overrides(**values: Any) -> list[str]:
     """`section__key=value` as the command line takes it: a double underscore stands for the dot."""
     return [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
+
+
+def _told(command: Connection) -> float:
+    """What a command that has ended sent; 0 where it was killed before."""
+    try:
+        return command.recv() if command.poll() else 0.0
+    except EOFError:
+        return 0.0
 
 
 def _run(words: list[str], log: Path, launcher: list[str], environment: dict[str, str], asker: Connection) -> None:

@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 32, 44, 52  # its margins
 HEAD, LEGEND_ROW = 44, 20
 CELL, LABELS = 56, 150
 MOST_TICKS = 6
+NARROWEST = 1e-9  # of an axis, relative to its values
 
 Point = tuple[float, float]
 
@@ -75,8 +76,9 @@ class Axis:
         """The axis that shows all of the values that it can show."""
         shown = [value for value in values if _can_show(value, log)]
         low, high = (min(shown), max(shown)) if shown else (1.0, 10.0)
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        size = max(abs(low), abs(high))
+        if high - low <= NARROWEST * size:  # one value, or as good as one: rounding would leave nothing to divide by
+            low, high = (low / 2, high * 2) if log else (low - max(0.5, size / 2), high + max(0.5, size / 2))
         return cls(low, high, log)
 
     def share(self, value: float) -> float | None:

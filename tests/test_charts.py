@@ -21,6 +21,15 @@ def test_a_value_lies_where_the_axis_says():
     assert Axis.over([3.0], True) == Axis(1.5, 6.0, True) and Axis.over([math.inf], False) == Axis(1.0, 10.0, False)
 
 
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("value", [1.0, 3e-9, 7.5, 1e20])
+def test_values_that_differ_by_rounding_alone_are_shown(tmp_path, value, log):
+    values = [value, math.nextafter(value, math.inf)]
+    axis = Axis.over(values, log)
+    assert all(0.2 < axis.share(number) < 0.8 for number in values) and axis.ticks()
+    line_chart(tmp_path / "chart.png", "t", [Panel("p", [Line("flat", [(v, v) for v in values])], log_x=log, log_y=log)])
+
+
 @pytest.mark.parametrize("axis", [Axis(0.0013, 7.1, True), Axis(1.1, 1.3, True), Axis(-3, 17, False), Axis(512, 1e6, True)])
 def test_ticks_lie_within_the_axis(axis):
     ticks = axis.ticks()

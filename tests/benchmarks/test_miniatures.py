@@ -1,7 +1,6 @@
 """The arithmetic of the small whole experiments, their pictures' making, and the commands' bound of time."""
 
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -106,14 +105,23 @@ def test_pictures_have_a_place_for_every_caption():
 def test_a_command_is_run_its_mistake_told_and_its_time_bounded(lab, tmp_path, capsys):
     lab.command("prepare", "digits", tmp_path / "digits", about="digits")
     assert (tmp_path / "digits" / "index.json").exists() and "digits" in capsys.readouterr().out
-    with pytest.raises(CommandFailed, match="is no run folder"):
+    with pytest.raises(CommandFailed, match="is no run folder") as failed:
         lab.command("sample", tmp_path, about="nothing")
-    late = Laboratory(lab.folder, minutes=0.02, began=time.monotonic())
-    with pytest.raises(TimeIsUp, match="digits again"):
-        late.command(
-            "train", "configs/quickstart.yaml", f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'digits'}", about="digits again"
-        )
-    assert late.seconds_left == 0
+    assert failed.value.status == 2 and failed.value.spent.seconds > 0
+    # Asked to end 57 seconds before the end, it is gone long before that; with less than these left nothing is begun.
+    late = Laboratory(lab.folder, minutes=1, grace=57.0)
+    training = ("train", "configs/quickstart.yaml", f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'digits'}")
+    with pytest.raises(TimeIsUp, match="digits again: not done") as cut:
+        late.command(*training, about="digits again")
+    assert cut.value.spent.seconds > 2 and late.seconds_left > 0
+    with pytest.raises(TimeIsUp, match="not begun"):
+        late.command(*training, about="digits again")
+
+
+def test_a_command_that_is_killed_tells_nothing_and_its_seconds_count(lab):
+    with pytest.raises(CommandFailed) as killed:
+        lab.command(about="killed", launcher=["sh", "-c", "kill -9 $PPID"])
+    assert killed.value.spent.seconds > 0 and killed.value.spent.cpu_seconds == 0
 
 
 def _trial(seed: int, arm: str, distance: float) -> dict:
