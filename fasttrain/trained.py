@@ -93,9 +93,10 @@ class Trained:
                 somebody does; or the VAE is none for these latents.
         """
         own = self.index.vae
-        if own is None and (vae, revision) != (None, None):
+        if own is not None:
+            _check_revision(vae, revision, own)
+        elif (vae, revision) != (None, None):
             raise UserError(f"--vae, --vae-revision: the samples of {self.config.run_dir} are pixels, which none decodes: leave it out")
-        _check_revision(vae, revision, own)
         data = self.config.data if vae is None else self.config.data.model_copy(update={"vae": vae})
         decode = decoder(self.index, data, next(self.network.parameters()).device, revision)
         if decode is None:
@@ -104,12 +105,12 @@ class Trained:
         return decode
 
 
-def _check_revision(vae: str | None, revision: str | None, own: VaeRecord | None) -> None:
+def _check_revision(vae: str | None, revision: str | None, own: VaeRecord) -> None:
     """Another hub id than the set's own needs a commit of its own."""
     if revision is not None and (vae is None or Path(vae).is_dir()):
         told = "give --vae too, the hub id that it is a commit of" if vae is None else f"{vae} is a folder, which has none: leave it out"
         raise UserError(f"--vae-revision: {told}")
-    if vae is not None and (revision is not None or own is None or vae != own.id):
+    if vae is not None and (revision is not None or vae != own.id):
         pinned("--vae", vae, revision, "an AutoencoderKL")
 
 

@@ -1,5 +1,6 @@
 """What a user should know of a source beside what becomes of its weights: where this run computes something else with them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ def _noise_hint(fitting: Fitting, ratio: float) -> Iterator[str]:
     if ratio == 1 and not theirs:
         return
     for key in ("rescale", "shift"):
-        if key in schedule and schedule[key] != (wanted := theirs.get("rescale", theirs.get("shift", 1.0)) * ratio):
+        wanted = theirs.get("rescale", theirs.get("shift", 1.0)) * ratio
+        if key in schedule and not math.isclose(schedule[key], wanted, rel_tol=1e-5):  # what follows the note has its six digits
             yield f"diffusion.schedule.{key}={wanted:g}"
 
 

@@ -170,7 +170,17 @@ def cpu_adam_is_built() -> bool:
 
     folder = Path(_get_build_directory("cpu_adam", verbose=False))
     sources = Path(importlib.util.find_spec("deepspeed").origin).parent  # type: ignore[union-attr,arg-type]
-    return any(folder.glob("cpu_adam*.so")) and str(sources) in (folder / "build.ninja").read_text()
+    script = folder / "build.ninja"
+    return any(folder.glob("cpu_adam*.so")) and script.is_file() and str(sources) in script.read_text()
+
+
+def test_half_a_build_of_cpu_adam_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    (folder / "cpu_adam.so").touch()
+    assert not cpu_adam_is_built()
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -119,6 +119,10 @@ def test_positions_and_noise_that_mean_others_at_the_same_size_are_told():
     size, names = told({}, {}, flow, {**cosine, "num_timesteps": 500})
     assert size.endswith("set diffusion.schedule.rescale=2") and "is 'flow' there and 'cosine' here" in names
     assert told({}, {}, flow, noisier) == (names,), "flow's shift is their rescale"
+    third = {**cosine, "rescale": 1 / 3}
+    [note] = told({}, {}, third, cosine)
+    followed = float(note.rpartition("=")[2])
+    assert told({}, {}, third, {**cosine, "rescale": followed}) == (), "a hint that was followed is not told again"
 
 
 def test_a_target_of_another_number_is_told():

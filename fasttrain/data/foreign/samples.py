@@ -20,7 +20,7 @@ ARRAY, LABEL, JSON, TEXT = "npy", "cls", "json", "txt"
 NO_LABEL = -1
 MOST_CLASSES = 1_000_000
 _LABEL_KEYS = ("label", "class", "cls")
-_MOST_LABEL_BYTES = 1 << 20
+_MOST_WORD_BYTES = 1 << 20  # of a label or a text
 _USED = {*IMAGES, ARRAY, LABEL, JSON, TEXT}
 
 
@@ -136,7 +136,7 @@ def _sample(descriptor: int, fields: dict[str, Member], doubled: bool) -> Sample
     text = fields.get(TEXT) or fields.get(JSON)
     own_json = text is not None and TEXT not in fields
     text_place = (text.offset, text.size) if text else (0, 0)
-    text_digest = read_words(descriptor, *text_place)[1] if text else 0
+    text_digest = _words(descriptor, text, "captions")[1] if text else 0
     digests = (image_digest, label_digest, text_digest)
     return Sample(image.offset, image.size, is_array, label, *text_place, *seen, own_json, *label_place, *digests)
 
@@ -146,11 +146,16 @@ def _label(descriptor: int, fields: dict[str, Member]) -> tuple[int, tuple[int, 
     member = fields.get(LABEL) or fields.get(JSON)
     if member is None:
         return NO_LABEL, (0, 0), 0
-    if member.size > _MOST_LABEL_BYTES:
-        raise _Faulty("labels of more than 1 MiB")
-    content, digest = read_words(descriptor, member.offset, member.size)
+    content, digest = _words(descriptor, member, "labels")
     label = _own_label(content) if LABEL in fields else _json_label(content)
     return label, (member.offset, member.size), digest
+
+
+def _words(descriptor: int, member: Member, what: str) -> tuple[bytes, int]:
+    """The content of a label or text, and its digest. Raises _Faulty, unread, where it is larger than any is."""
+    if member.size > _MOST_WORD_BYTES:
+        raise _Faulty(f"{what} of more than 1 MiB")
+    return read_words(descriptor, member.offset, member.size)
 
 
 def _own_label(content: bytes) -> int:

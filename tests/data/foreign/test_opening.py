@@ -18,6 +18,9 @@ from fasttrain.errors import UserError
 from tests.labelled_images import SIDE, encoded, label_of, number_of, sample, told_apart, write_set, write_tar
 
 
+MIB = 1 << 20
+
+
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTTRAIN_CACHE", str(tmp_path / "cache"))
@@ -125,6 +128,9 @@ def test_interleaved_keys_are_no_samples(tmp_path: Path):
         ([("x.json", b"[" * 100_000), ("x.png", encoded(9, "png"))], "json that cannot be read"),
         ([("x.json", b'{"label": true}'), ("x.png", encoded(9, "png"))], "samples without a label, where others have one"),
         ([("x.png", encoded(9, "png")), ("x.png", encoded(8, "png")), ("x.cls", b"1")], "samples with two members of one ending"),
+        ([("x.cls", b" " * MIB + b"1"), ("x.png", encoded(9, "png"))], "labels of more than 1 MiB"),
+        ([("x.cls", b"1"), ("x.txt", b"a" * MIB + b"b"), ("x.png", encoded(9, "png"))], "captions of more than 1 MiB"),
+        ([("x.cls", b"1"), ("x.json", b" " * MIB + b"{}"), ("x.png", encoded(9, "png"))], "captions of more than 1 MiB"),
     ],
 )
 def test_a_sample_that_is_not_whole_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, members: list, why: str):
