@@ -17,7 +17,7 @@ from fasttrain.data.remote.addresses import scheme_of
 from fasttrain.diffusion.curriculum import SHARE_OF_RUN, Curriculum
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Cosine, DiscreteSchedule, Schedule
-from fasttrain.diffusion.timesteps import TIMESTEPS, Stratified, Timesteps
+from fasttrain.diffusion.timesteps import TIMESTEPS, OfPlaces, Stratified, Timesteps
 from fasttrain.diffusion.weighting import WEIGHTINGS, MinSnr, Weighting
 from fasttrain.engine.deepspeed import read_settings, zero_stage
 from fasttrain.engine.optimizer import OptimizerConfig
@@ -55,7 +55,7 @@ class DiffusionConfig(Section):
     schedule: Annotated[Schedule, *SCHEDULES.field()] = Cosine()
     prediction: Annotated[Prediction, *PREDICTIONS.field()] = X0()
     weighting: Annotated[Weighting, *WEIGHTINGS.field()] = MinSnr()
-    timesteps: Annotated[Timesteps, *TIMESTEPS.field()] = Stratified()
+    timesteps: Annotated[Timesteps | OfPlaces, *TIMESTEPS.field()] = Stratified()
     label_drop: float = Field(default=0.15, ge=0, lt=1)
     control_drop: float = Field(default=0.1, ge=0, lt=1)
     uncertainty: bool = False

@@ -61,6 +61,17 @@ class LogNormal:
         place = (self.mean + self.std * torch.special.ndtri(u) - least) / span
         return place.clamp(_EDGE, 1 - _EDGE) * self.num_timesteps
 
+    def first(self, share: Tensor) -> Tensor:
+        """share T: float64 [N]."""
+        return share * self.num_timesteps
+
+    def uniform(self, t: Tensor) -> Tensor:
+        """Phi((ln s - mean) / std): float64 [N]; 0 and 1 at the ends, to which the draws beyond them are moved."""
+        least, span = self._log_scale
+        place = t / self.num_timesteps
+        u = torch.special.ndtr((least + span * place - self.mean) / self.std)
+        return torch.where(place <= 0, 0.0, torch.where(place >= 1, 1.0, u))
+
     def nearest(self, edm_sigma: Tensor) -> Tensor:
         """The t of s: float64 [N]."""
         least, span = self._log_scale

@@ -16,7 +16,7 @@ from fasttrain.cond import Cond, Nothing
 from fasttrain.diffusion.prediction import PREDICTIONS, Prediction, weight_factor
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
 from fasttrain.diffusion.timestep_weights import placed
-from fasttrain.diffusion.timesteps import Timesteps
+from fasttrain.diffusion.timesteps import OfPlaces, Timesteps, drawn_on
 from fasttrain.diffusion.weighting import WEIGHTINGS, Weighting, signal_to_noise
 from fasttrain.errors import UserError
 from fasttrain.registry import Registry
@@ -64,7 +64,7 @@ class Objective:
         schedule: Schedule,
         prediction: Prediction,
         weighting: Weighting,
-        timesteps: Timesteps,
+        timesteps: Timesteps | OfPlaces,
         *,
         nothing: Nothing,
         label_drop: float = 0.0,
@@ -79,7 +79,7 @@ class Objective:
         self.schedule = schedule
         self.prediction = prediction
         self.weighting = placed(weighting, schedule)
-        self.timesteps = timesteps
+        self.timesteps = drawn_on(timesteps, schedule)
         self.nothing = nothing
         self.label_drop = label_drop
         self.control_drop = control_drop

@@ -22,6 +22,7 @@ MOST_TIMESTEPS = 100_000
 MOST_TIMES = 1000  # larger than the images it was meant for is no schedule adapted to
 # Half the distance from 1 to the next float64 above: 1 - _EDGE is the largest below 1.
 _EDGE = 2.0**-53
+_ROUNDING = 1e-9  # of a share times T: far more than float64's own, far less than a timestep
 
 
 class Schedule(Protocol):
@@ -40,6 +41,12 @@ class Schedule(Protocol):
 
     def timestep(self, u: Tensor) -> Tensor:
         """The timestep of a uniform number u [B] float64 in [0, 1); increasing in u."""
+
+    def first(self, share: Tensor) -> Tensor:
+        """The first t / T that is not below each share [N] float64 in [0, 1], as t [N]; a share of 1 gives T, which no timestep reaches."""
+
+    def uniform(self, t: Tensor) -> Tensor:
+        """The least u [N] float64 whose timestep is not below t [N], a `first`: the way back from `timestep`; 1 where there is none."""
 
     def nearest(self, edm_sigma: Tensor) -> Tensor:
         """The timestep whose sigma / alpha is nearest to each of `edm_sigma` [N] float64."""
@@ -106,6 +113,15 @@ class DiscreteSchedule(ABC):
     def timestep(self, u: Tensor) -> Tensor:
         """floor(u T): int64 [B] for u [B] float64 in [0, 1)."""
         return (u * self.num_timesteps).long().clamp(max=self.num_timesteps - 1)
+
+    def first(self, share: Tensor) -> Tensor:
+        """ceil(share T): int64 [N]. What rounding puts just above an integer is that integer."""
+        return (share * self.num_timesteps - _ROUNDING).ceil().long()
+
+    def uniform(self, t: Tensor) -> Tensor:
+        """t / T: float64 [N], lifted by one rounding where floor(u T) would miss t."""
+        u = t.double() / self.num_timesteps
+        return torch.where((u * self.num_timesteps).long() < t, torch.nextafter(u, torch.ones_like(u)), u)
 
     def nearest(self, edm_sigma: Tensor) -> Tensor:
         """The timestep of the nearest sigma / alpha, int64 [N] (EDM's `round_sigma`: Karras et al. 2022, appendix C.3.4)."""
@@ -224,6 +240,15 @@ class RectifiedFlow:
     def timestep(self, u: Tensor) -> Tensor:
         """T s u / (1 + (s - 1) u): float64 [B]."""
         return self._shifted(u).clamp(_EDGE, 1 - _EDGE) * self.num_timesteps
+
+    def first(self, share: Tensor) -> Tensor:
+        """share T: float64 [N]."""
+        return share * self.num_timesteps
+
+    def uniform(self, t: Tensor) -> Tensor:
+        """p / (s - (s - 1) p) of p = t / T: float64 [N]."""
+        place = t / self.num_timesteps
+        return place / (self.shift - (self.shift - 1) * place)
 
     def nearest(self, edm_sigma: Tensor) -> Tensor:
         """The t with t / (T - t) = sigma / alpha: float64 [N]."""

@@ -1,7 +1,7 @@
 """Weightings given range of timesteps by range: a table from a config, and one that is solved for during training.
 
-Timestep t lies in range floor(t K / T). Which SNRs a range holds is the schedule's to say, so these weightings become functions of snr by
-`placed`.
+Timestep t lies in range floor(t K / T), whatever share of the draws a schedule sends there. Which SNRs a range holds is the schedule's to
+say, so these weightings become functions of snr by `placed`.
 """
 
 import math
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from fasttrain.diffusion.schedule import Schedule
 from fasttrain.diffusion.weighting import WEIGHTINGS, Weighting, signal_to_noise
+from fasttrain.errors import UserError
 from fasttrain.registry import shown
 
 MOST_RANGES = 1000
 # Beyond rounding, and far less than from one timestep to the next: an edge and the same timestep on another device are equal.
 _SLACK = 1e-9
+_LEAST_SNR = 1e-300  # a straight line over log snr needs a number where no data is left
 
 
 @runtime_checkable
@@ -62,10 +64,10 @@ class Ramps:
 
     def __call__(self, snr: Tensor) -> Tensor:
         """The interpolated weight."""
-        knots, weights = _on(self._places, snr.device, tuple(-math.log(knot) for knot in self.knots), self.weights)
+        knots, weights = _on(self._places, snr.device, tuple(-math.log(max(knot, _LEAST_SNR)) for knot in self.knots), self.weights)
         if len(weights) == 1:
             return weights.expand(snr.shape)
-        at = (-snr.log()).clamp(knots[0], knots[-1])
+        at = (-snr.clamp(min=_LEAST_SNR).log()).clamp(knots[0], knots[-1])
         right = torch.searchsorted(knots, at.contiguous()).clamp(1, len(knots) - 1)
         share = (at - knots[right - 1]) / (knots[right] - knots[right - 1])
         return weights[right - 1] + share * (weights[right] - weights[right - 1])
@@ -94,12 +96,16 @@ class Table:
             raise ValueError(f"weights must be finite, none below 0 and one above it, got {shown(self.weights)}")
 
     def on(self, schedule: Schedule) -> Weighting:
-        """The function of snr that it is under this schedule."""
-        ranges = len(self.weights)
+        """The function of snr that it is under this schedule.
+
+        Raises:
+            UserError: there are more ranges than timesteps.
+        """
+        edges = range_edges(schedule, len(self.weights))
         if self.shape == "linear":
-            return Ramps(_snr_at(schedule, [(k + 0.5) / ranges for k in range(ranges)]), self.weights)
-        timesteps = schedule.num_timesteps
-        return Steps(_snr_at(schedule, [-(-k * timesteps // ranges) / timesteps for k in range(1, ranges)]), self.weights)
+            middles = torch.div(edges[:-1] + edges[1:], 2, rounding_mode=None if edges.is_floating_point() else "floor")
+            return Ramps(_snr_at(schedule, middles), self.weights)
+        return Steps(_snr_at(schedule, edges[1:-1]), self.weights)
 
     def __call__(self, snr: Tensor) -> Tensor:
         """Of a table of one weight alone; more need a schedule: see `placed`."""
@@ -152,10 +158,15 @@ class Pareto:
         return torch.ones_like(snr)
 
 
-def _snr_at(schedule: Schedule, shares: list[float]) -> tuple[float, ...]:
-    """The snr at these shares of the path; what rounding puts just before a timestep is lifted over its edge."""
-    u = torch.tensor(shares, dtype=torch.float64) + 1e-12
-    return tuple(signal_to_noise(*schedule.alpha_sigma(schedule.timestep(u))).tolist())
+def range_edges(schedule: Schedule, ranges: int) -> Tensor:
+    """The first timestep of each of `ranges` equal ranges, and T: t [ranges + 1]. Raises UserError for more ranges than timesteps."""
+    if ranges > schedule.num_timesteps:
+        raise UserError(f"{ranges} ranges of {schedule.num_timesteps} timesteps are more than there are timesteps: choose fewer")
+    return schedule.first(torch.arange(ranges + 1, dtype=torch.float64) / ranges)
+
+
+def _snr_at(schedule: Schedule, t: Tensor) -> tuple[float, ...]:
+    return tuple(signal_to_noise(*schedule.alpha_sigma(t)).tolist())
 
 
 def _on(places: dict[torch.device, tuple[Tensor, Tensor]], device: torch.device, *columns: tuple[float, ...]) -> tuple[Tensor, ...]:

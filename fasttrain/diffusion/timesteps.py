@@ -1,13 +1,14 @@
 """Which timestep a position draws: pure functions of (seed, position), so that any step can be replayed on any number of ranks."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from fasttrain_kernels.philox import Purpose
 from fasttrain_kernels.uniform import uniform
 from torch import Tensor
 
+from fasttrain.diffusion.schedule import Schedule
 from fasttrain.registry import Registry, shown
 
 TIMESTEPS = Registry("timesteps")
@@ -19,6 +20,19 @@ class Timesteps(Protocol):
 
     def draw(self, seed: Tensor, position: Tensor, impl: str = "auto") -> Tensor:
         """u [B] float64 in [0, 1) of seed [] int64 and position [B] int64; `impl` of the operation `uniform`."""
+
+
+@runtime_checkable
+class OfPlaces(Protocol):
+    """A distribution that is declared on places t / T: which uniform numbers lead there is the schedule's to say."""
+
+    def on(self, schedule: Schedule) -> Timesteps:
+        """The distribution of uniform numbers that it is under this schedule."""
+
+
+def drawn_on(timesteps: Timesteps | OfPlaces, schedule: Schedule) -> Timesteps:
+    """The timesteps as uniform numbers for this schedule."""
+    return timesteps.on(schedule) if isinstance(timesteps, OfPlaces) else timesteps
 
 
 @TIMESTEPS.register("uniform")

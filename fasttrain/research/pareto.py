@@ -7,12 +7,14 @@ makes their sums equal; here each is divided by its sum, as Eq. 10 and the softm
 counts in units of the mean |g_k|^2, so that it means the same for every network.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fasttrain.diffusion.schedule import Schedule
+from fasttrain.diffusion.timestep_weights import range_edges
 from fasttrain.diffusion.weighting import Weighting, signal_to_noise
 
 
@@ -37,14 +39,20 @@ def objective(gram: Tensor, weights: Tensor, regularisation: float) -> float:
 def range_weights(weighting: Weighting, schedule: Schedule, ranges: int) -> Tensor:
     """What a weighting gives to each of `ranges` equal ranges of timesteps, as a share of all: [K] float64, of sum 1.
 
-    The mean over the range's timesteps. Where a weighting varies much within a range (snr near t = 0), that is coarse: more ranges tell it
-    finer.
+    The mean over the range's timesteps, each alike: how often a range is drawn is no part of it. Where a weighting varies much within a
+    range (snr near t = 0), that is coarse: more ranges tell it finer.
     """
-    points = schedule.num_timesteps  # in each range: over all of them each timestep is met `ranges` times
-    u = (torch.arange(ranges * points, dtype=torch.float64) + 0.5) / (ranges * points)
-    weight = weighting(signal_to_noise(*schedule.alpha_sigma(schedule.timestep(u))))
-    mean = weight.view(ranges, points).mean(dim=1)
+    pairs = itertools.pairwise(range_edges(schedule, ranges).tolist())
+    mean = torch.stack([weighting(signal_to_noise(*schedule.alpha_sigma(_within(*pair, schedule)))).mean() for pair in pairs])
     return mean / mean.sum()
+
+
+def _within(low: float, high: float, schedule: Schedule) -> Tensor:
+    """All timesteps from `low` to below `high`; of a continuous path T of them, spread evenly."""
+    if isinstance(low, int):
+        return torch.arange(low, high)
+    points = schedule.num_timesteps
+    return low + (high - low) * (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
 
 def compare(gram: Tensor, shares: Mapping[str, Tensor], best: Tensor, regularisation: float) -> dict[str, dict[str, float]]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain.diffusion.timesteps import TIMESTEPS
+from fasttrain.diffusion.schedule import SCHEDULES
+from fasttrain.diffusion.timesteps import TIMESTEPS, drawn_on
 from tests.diffusion.tables import DRAWS
 
 SEED = torch.tensor(1234)
@@ -23,7 +24,7 @@ def discrepancy(u: Tensor) -> float:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_a_draw_depends_on_seed_and_position_only(name: str) -> None:
-    draw = TIMESTEPS.build(DRAWS[name]).draw
+    draw = drawn_on(TIMESTEPS.build(DRAWS[name]), SCHEDULES.build("flow")).draw
     position = torch.tensor([5, 1017, 2**31 + 3, 2**40, 17])
     whole = draw(SEED, position)
     assert torch.equal(whole, torch.cat([draw(SEED, position[i : i + 1]) for i in range(5)]))
