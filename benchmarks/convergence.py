@@ -7,10 +7,12 @@ of the same form. Every arm is trained with `fasttrain train` from paired seeds 
 samples), its kept checkpoints are scored with `fasttrain evaluate` with each average, and the best average counts at each point, so that
 it is not the average's length that is compared; the result with one fixed length stands beside it.
 
-What DIR holds is never computed again. Killed, or out of `--minutes`, the same command goes on where it was; the exit status says so: 75.
+What DIR holds is not computed again: whole trainings, checkpoints and scores; a training goes on from its last checkpoint. Killed, or out
+of `--minutes`, the same command goes on; the exit status says so: 75.
 Thresholds are what every run of a group's baseline had reached at fractions of the budget, chosen before any other arm is looked at.
 A speed-up is the geometric mean over the seeds of (images of the baseline) / (images of the arm), with Student's t-interval (95 %); an
-interval holds for its own threshold, not for all at once. What was not reached is a bound, and divergence is told as divergence.
+interval holds for its own threshold, not for all at once. What was not reached is a bound; of bounds the interval's safe end alone is
+told. A contender that diverged in any seed is not called faster, and one pair of runs decides nothing.
 
 On GPUs: `--gpus 0 1 2` trains three arms at a time, and one arm at a time on eight:
 `--gpus 0,1,2,3,4,5,6,7 --launcher "fasttrain supervise -- deepspeed --module fasttrain"`.
@@ -27,13 +29,15 @@ from typing import Any
 import torch
 
 from benchmarks import tables
+from benchmarks.convergence_folder import Folder, held
 from benchmarks.convergence_presets import FILES, Preset, Run, names, read_preset
 from benchmarks.convergence_summary import summary
 from benchmarks.convergence_tables import draw, speed_up_rows, told
-from benchmarks.convergence_work import Folder, Worker
+from benchmarks.convergence_work import Worker
 from benchmarks.environment import environment, results_folder
 from benchmarks.miniature_runs import CommandFailed, Laboratory, TimeIsUp, side_by_side
 from benchmarks.whole_file import write_json
+from fasttrain.data.remote.addresses import scheme_of
 from fasttrain.errors import UserError
 
 CONTINUE = 75  # EX_TEMPFAIL: not a failure, the same command goes on
@@ -47,7 +51,10 @@ def compare(folder: Folder, preset: Preset, worker: Worker, workers: int) -> lis
         TimeIsUp: the next call goes on.
     """
     folder.begin(preset)
-    worker.prepare()
+    try:
+        worker.prepare()
+    except CommandFailed as error:
+        return [str(error)]
     told = side_by_side([partial(_done, worker, run) for run in preset.runs()], workers)
     if late := next((outcome for outcome in told if isinstance(outcome, TimeIsUp)), None):
         raise late
@@ -102,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             dry_run(preset)
             return 0
-        return _run(args, preset.filled({name: getattr(args, name) for name in FILES}))
+        return _run(args, preset)
     except UserError as error:
         print(f"convergence: {error}", file=sys.stderr)
         return error.status
@@ -112,19 +119,16 @@ def _run(args: argparse.Namespace, preset: Preset) -> int:
     device = torch.device("cuda" if args.gpus else "cpu")
     # A process that is forked from one that has met a GPU cannot use it.
     launcher = shlex.split(args.launcher) if args.launcher else [sys.executable, "-m", "fasttrain"] if args.gpus else []
-    folder, lab = Folder(args.work), Laboratory(args.work, args.minutes)
-    worker = Worker(folder, preset, lab, launcher, args.gpus, args.keep_runs)
-    status, failed = 0, []
-    try:
-        failed = compare(folder, preset, worker, len(args.gpus) or args.workers)
-    except TimeIsUp as late:
-        print(f"{late}; the same command goes on")
-        status = CONTINUE
-    for message in failed:
-        print(message, file=sys.stderr)
-        status = 1
-    result = result_of(Path(args.preset).stem, folder, preset, device)
-    write_json(args.work / "result.json", result)
+    given = {name: place for name in FILES if (place := getattr(args, name)) is not None}
+    whole = preset.filled({name: _from_anywhere(place) for name, place in given.items()})
+    # A result names files and not the folders of this machine.
+    named = preset.filled({name: Path(place).name for name, place in given.items()})
+    with held(args.work):
+        folder = Folder(args.work)
+        worker = Worker(folder, whole, Laboratory(args.work, args.minutes), launcher, args.gpus, args.keep_runs)
+        status = _status(folder, whole, worker, len(args.gpus) or args.workers)
+        result = result_of(Path(args.preset).stem, folder, named, device)
+        write_json(args.work / "result.json", result)
     show(result)
     if status == 0:
         out = args.out or results_folder(device) / f"convergence-{Path(args.preset).stem}.json"
@@ -132,6 +136,23 @@ def _run(args: argparse.Namespace, preset: Preset) -> int:
         draw(out.with_suffix(".png"), result)
         print(f"written: {out} and its PNG")
     return status
+
+
+def _status(folder: Folder, preset: Preset, worker: Worker, workers: int) -> int:
+    """Does the work, tells what went wrong, and with what the command ends."""
+    try:
+        failed = compare(folder, preset, worker, workers)
+    except TimeIsUp as late:
+        print(f"{late}; the same command goes on")
+        return CONTINUE
+    for message in failed:
+        print(message, file=sys.stderr)
+    return int(bool(failed))
+
+
+def _from_anywhere(place: str) -> str:
+    """A path as it is found from any folder; addresses stay."""
+    return place if scheme_of(place) else str(Path(place).absolute())
 
 
 def _parser() -> argparse.ArgumentParser:

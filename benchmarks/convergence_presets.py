@@ -52,6 +52,12 @@ class Data(Section):
     train: str | None = None
     prepare: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if (self.train is None) == (not self.prepare):
+            raise ValueError("either train, the folder of shards, or prepare, the words behind `fasttrain prepare` that make them")
+        return self
+
 
 class Group(Section):
     """Arms that are compared with each other, and what they have in common.
@@ -107,7 +113,7 @@ class Preset(Section):
     points: tuple[int, ...] = Field(min_length=1)
     thresholds: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0)
     score: Score
-    groups: dict[str, Group]
+    groups: dict[str, Group] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> "Preset":
@@ -139,9 +145,16 @@ class Preset(Section):
         """Steps between saves: as the config wants it, so that every point is among them."""
         return math.gcd(load_config(ROOT / self.config, self.overrides).checkpoint.every, *self.points)
 
-    def config_of(self, run: Run, *folders: str) -> RunConfig:
-        """A training's config. Raises UserError where it does not load."""
-        return load_config(ROOT / self.config, [*self.overrides_of(run), *folders])
+    def config_of(self, run: Run) -> RunConfig:
+        """A training's config.
+
+        Raises:
+            UserError: it does not load; names the arm.
+        """
+        try:
+            return load_config(ROOT / self.config, self.overrides_of(run))
+        except UserError as error:
+            raise UserError(f"arm {run.group} {run.arm}: {error}") from None
 
     @cached_property
     def batch(self) -> int:

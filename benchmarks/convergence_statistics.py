@@ -3,7 +3,8 @@
 A curve is scores (lower is better) after numbers of images. Between its points it is a straight line on logarithmic axes. What a run
 did not show is a bound: a quality that it had at its first point took at most that many images, one that it did not reach took more than
 its last. A speed-up over a baseline is the quotient of the images of two runs of the same seed; over the seeds, the mean of its logarithm
-with Student's t-interval. Bounds of the pairs give a bound of the mean, and no interval.
+with Student's t-interval. Where some pairs are bounds, that interval is taken with the bounds as values, and only the end on which they
+are safe is told: the upper one where pairs are at most this, the lower one where they are at least this.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 LEVEL = 0.95
 INFINITE = math.inf
+MOST_LOGARITHM = 700.0  # of what a float64 holds: two very different pairs have a wide interval
 
 
 class Point(NamedTuple):
@@ -63,8 +65,9 @@ class SpeedUp:
 
     Attributes:
         value: their geometric mean, where every pair is known exactly; `interval` at level 95 %, from two pairs on.
-        at_least, at_most: what is known instead where some pairs are bounds; None: nothing is.
-        pairs: pairs that count. diverged: pairs whose arm diverged before it got there; they do not count.
+        at_least, at_most: where some pairs are bounds, the interval's end with the bounds as values; one pair: its bound; None: not known.
+        pairs: pairs that count. bounds: how many of them are bounds.
+        diverged: pairs whose arm diverged before it got there; they do not count.
         reached: how many runs of the arm got there.
     """
 
@@ -73,6 +76,7 @@ class SpeedUp:
     at_least: float | None
     at_most: float | None
     pairs: int
+    bounds: int
     diverged: int
     reached: int
 
@@ -132,16 +136,30 @@ def _log(value: float) -> float:
 
 
 def _combined(pairs: Sequence[Span], diverged: int, reached: int) -> SpeedUp:
-    if pairs and all(pair.exact for pair in pairs):
-        mean = mean_of([pair.low for pair in pairs])
-        interval = None if mean.interval is None else (math.exp(mean.interval[0]), math.exp(mean.interval[1]))
-        return SpeedUp(math.exp(mean.value), interval, None, None, len(pairs), diverged, reached)
-    low, high = (statistics.fmean(ends) if ends else math.nan for ends in ([p.low for p in pairs], [p.high for p in pairs]))
-    return SpeedUp(None, None, _finite_exp(low), _finite_exp(high), len(pairs), diverged, reached)
+    bounds = sum(not pair.exact for pair in pairs)
+    lows, highs = _ends([pair.low for pair in pairs]), _ends([pair.high for pair in pairs])
+    counted = (len(pairs), bounds, diverged, reached)
+    if pairs and not bounds:
+        return SpeedUp(math.exp(statistics.fmean(pair.low for pair in pairs)), lows, None, None, *counted)
+    if len(pairs) == 1:
+        return SpeedUp(None, None, _finite_exp(pairs[0].low), _finite_exp(pairs[0].high), *counted)
+    return SpeedUp(None, None, lows and lows[0], highs and highs[1], *counted)
+
+
+def _ends(logarithms: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of the geometric mean; None where it has none, or where something is not known at all."""
+    if len(logarithms) < 2 or not all(map(math.isfinite, logarithms)):
+        return None
+    interval = mean_of(logarithms).interval
+    return interval and (_exp(interval[0]), _exp(interval[1]))
 
 
 def _finite_exp(value: float) -> float | None:
     return math.exp(value) if math.isfinite(value) else None
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, MOST_LOGARITHM))
 
 
 def mean_of(values: Sequence[float], level: float = LEVEL) -> Mean:

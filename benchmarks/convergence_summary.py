@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.convergence_folder import Folder, scores_in
 from benchmarks.convergence_presets import Group, Preset, Run
 from benchmarks.convergence_statistics import Curve, Point, SpeedUp, images_to, mean_of, speed_up, thresholds_of
-from benchmarks.convergence_work import UNTRAINED, Folder, scores_in
+from benchmarks.convergence_work import UNTRAINED
+from fasttrain.sampling.heun import edm_grid
 
-BEST = "best"
-FASTER, SLOWER, UNDECIDED, DIVERGED = "faster", "slower", "undecided", "the other diverged"
+BEST, FIXED = "best", "fixed"
+FASTER, SLOWER, UNDECIDED, OTHER_DIVERGED = "faster", "slower", "undecided", "the other diverged"
+Curves = Mapping[str, Sequence[Curve]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def summary(folder: Folder, preset: Preset) -> dict[str, Any]:
         "groups": groups,
         "noise": noise(folder, preset),
         "protocol": _protocol(folder, done),
-        **_spent(folder, done),
+        "commits": _commits(folder, runs),
+        **hours([command for run in (*runs, None) for command in folder.seconds(run)]),
     }
 
 
@@ -91,14 +95,19 @@ def _group(folder: Folder, preset: Preset, name: str) -> dict[str, Any] | None:
     if not whole:
         return None
     by_arm = {arm: [whole[seed][arm] for seed in whole] for arm in group.arms}
-    lengths = {arm: [run.best_weights() for run in some] for arm, some in by_arm.items()}
+    curves = {
+        choice: {arm: [run.curve(weights) for run in some] for arm, some in by_arm.items()}
+        for choice, weights in ((BEST, BEST), (FIXED, preset.score.fixed))
+    }
     return {
         "baseline": group.baseline,
         "contender": group.contender,
         "seeds": list(whole),
-        BEST: _analysis(preset, group, by_arm, BEST),
-        "fixed": {"weights": preset.score.fixed, **_analysis(preset, group, by_arm, preset.score.fixed)},
-        "best_weights": lengths,
+        BEST: analysis(preset, group, curves[BEST], preset.batch),
+        FIXED: {"weights": preset.score.fixed, **analysis(preset, group, curves[FIXED], preset.batch)},
+        "best_weights": {arm: [run.best_weights() for run in some] for arm, some in by_arm.items()},
+        "hours": {arm: hours([c for seed in runs for c in folder.seconds(Run(name, arm, seed))]) for arm in group.arms},
+        "grids": {arm: _grid(preset, Run(name, arm, 0)) for arm in group.arms},
     }
 
 
@@ -106,21 +115,27 @@ def _all_there(by_arm: Mapping[str, Scored | None]) -> dict[str, Scored]:
     return {arm: run for arm, run in by_arm.items() if run is not None}
 
 
-def _analysis(preset: Preset, group: Group, by_arm: Mapping[str, Sequence[Scored]], weights: str) -> dict[str, Any]:
-    """Thresholds, speed-ups and final scores with one choice of weights."""
-    curves = {arm: [run.curve(weights) for run in runs] for arm, runs in by_arm.items()}
-    thresholds = thresholds_of(curves[group.baseline], preset.steps * preset.batch, preset.thresholds)
-    ups = {arm: [speed_up(some, curves[group.baseline], threshold) for threshold in thresholds] for arm, some in curves.items()}
-    rivals = {
-        arm: [speed_up(curves[group.contender], some, threshold) for threshold in thresholds]
-        for arm, some in curves.items()
-        if arm != group.contender
-    }
+def _grid(preset: Preset, run: Run) -> dict[str, float]:
+    """Where the sampler begins and ends: the schedule's own, so that arms with other schedules are sampled on other grids."""
+    _, sigma = edm_grid(preset.config_of(run).diffusion.schedule, preset.score.steps)
+    return {"largest_sigma": sigma[0].item(), "smallest_sigma": sigma[-1].item()}
+
+
+def analysis(preset: Preset, group: Group, curves: Curves, batch: int) -> dict[str, Any]:
+    """Thresholds, speed-ups and final scores of the arms' curves, paired by their places; `batch`: images of a step."""
+    over = curves[group.baseline]
+    thresholds = thresholds_of(over, preset.steps * batch, preset.thresholds)
+    ups = {arm: [speed_up(some, over, threshold) for threshold in thresholds] for arm, some in curves.items()}
     return {
         "thresholds": thresholds,
         "arms": {arm: _arm(some, thresholds, ups[arm]) for arm, some in curves.items()},
-        "contender_over": {arm: [{**up.plain(), "verdict": verdict(up, curves[arm])} for up in some] for arm, some in rivals.items()},
+        "contender_over": {arm: _duel(curves[group.contender], curves[arm], thresholds) for arm in curves if arm != group.contender},
     }
+
+
+def _duel(contender: Sequence[Curve], rival: Sequence[Curve], thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    ups = [speed_up(contender, rival, threshold) for threshold in thresholds]
+    return [{**up.plain(), "verdict": verdict(up, contender, rival)} for up in ups]
 
 
 def _arm(curves: Sequence[Curve], thresholds: Sequence[float], ups: Sequence[SpeedUp]) -> dict[str, Any]:
@@ -130,19 +145,25 @@ def _arm(curves: Sequence[Curve], thresholds: Sequence[float], ups: Sequence[Spe
     return {
         "curves": [[[point.images, _plain(point.score)] for point in curve.points] for curve in curves],
         "diverged": sum(curve.diverged for curve in curves),
+        "which_diverged": [curve.diverged for curve in curves],
         "images_to": [[None if span is None else [_plain(end) for end in span] for span in spans] for spans in needed],
         "speed_up": [up.plain() for up in ups],
         "final": None if mean is None else {"mean": mean.value, "interval": mean.interval},
     }
 
 
-def verdict(up: SpeedUp, rival: Sequence[Curve]) -> str:
-    """Whether the contender is shown to need fewer images: its interval lies on one side of 1, or all that is known does."""
-    if up.pairs == 0:
-        return DIVERGED if all(curve.diverged for curve in rival) else UNDECIDED
+def verdict(up: SpeedUp, contender: Sequence[Curve], rival: Sequence[Curve]) -> str:
+    """Whether the contender is shown to need fewer images: its interval, or the safe end of it, lies on one side of 1.
+
+    A contender that diverged in any seed is not to be relied on, however fast it is in the others. One pair shows nothing.
+    """
+    if lost := sum(curve.diverged for curve in contender):
+        return f"diverged in {lost} of {len(contender)} seeds"
+    if all(curve.diverged for curve in rival) and up.pairs == 0:
+        return OTHER_DIVERGED
+    if up.pairs < 2:
+        return UNDECIDED
     low, high = up.interval or (up.at_least or 0.0, up.at_most or math.inf)
-    if up.value is not None and up.interval is None:
-        return UNDECIDED  # one pair
     return FASTER if low > 1 else SLOWER if high < 1 else UNDECIDED
 
 
@@ -168,8 +189,14 @@ def _protocol(folder: Folder, done: Sequence[Run]) -> dict[str, Any] | None:
     return None
 
 
-def _spent(folder: Folder, done: Sequence[Run]) -> dict[str, Any]:
-    commands = [command for run in done for command in folder.seconds(run)]
+def _commits(folder: Folder, runs: Sequence[Run]) -> list[str | None]:
+    """The code that runs were begun and ended with."""
+    told = [part for run in runs for part in (folder.begun(run), folder.ending(run)) if part is not None]
+    return list(dict.fromkeys(part["commit"] for part in told))
+
+
+def hours(commands: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What commands took, those that were cut or failed among them: on the clock, of processors, and of GPUs held."""
     return {
         "run_hours": sum(command["seconds"] for command in commands) / 3600,
         "cpu_hours": sum(command["cpu_seconds"] for command in commands) / 3600,

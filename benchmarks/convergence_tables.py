@@ -33,12 +33,25 @@ def told(device: str, result: Result) -> str:
     floor = f"; noise of a score between seeds of the samples {noise['relative_deviation']:.1%}" if noise else ""
     return (
         f"{result['preset']['about']} ({device}; {seeds} seeds, Frechet distance in {score['features']}, {score['count']:,} samples, "
-        f"Heun {score['steps']}{floor}):"
+        f"Heun {score['steps']}{floor}{grid_words(result)}):"
     )
 
 
+def grid_words(result: Result) -> str:
+    """Where arms were sampled on grids with other ends: which, since their scores then differ by the sampler too."""
+    by_ends: dict[str, list[str]] = {}
+    for name, group in result["groups"].items():
+        for arm, ends in (group["grids"] or {}).items():
+            by_ends.setdefault(f"{ends['largest_sigma']:.3g} to {ends['smallest_sigma']:.2g}", []).append(f"{name} {arm}")
+    if len(by_ends) < 2:
+        return ""
+    usual, *others = sorted(by_ends, key=lambda ends: -len(by_ends[ends]))
+    apart = ", ".join(f"{ends} for {' and '.join(by_ends[ends])}" for ends in others)
+    return f"; the sampler's noise levels end with the schedule: {usual}, but {apart}"
+
+
 def speed_up_rows(result: Result, choice: str = "best") -> Rows:
-    """A row an arm: its last score, and how many times fewer images than its group's baseline it needed for each threshold."""
+    """A row an arm: its last score, its hours, and how many times fewer images than its group's baseline each threshold took it."""
     most = max((len(group[choice]["thresholds"]) for group in result["groups"].values()), default=0)
     rows = []
     for name, group in result["groups"].items():
@@ -47,9 +60,9 @@ def speed_up_rows(result: Result, choice: str = "best") -> Rows:
             ups = [""] * most if arm == group["baseline"] else [speed_up_words(up) for up in values["speed_up"]]
             needed = [images_words(spans) for spans in values["images_to"]] if arm == group["baseline"] else []
             cells = needed or ups
-            rows.append([f"{name} {arm}", final_words(values), *cells, *[""] * (most - len(cells))])
+            rows.append([f"{name} {arm}", final_words(values), hours_words(group, arm), *cells, *[""] * (most - len(cells))])
     head = [f"threshold {number}" for number in range(1, most + 1)]
-    return ["arm", "last score", *head], [*threshold_rows(result, choice, most), *rows]
+    return ["arm", "last score", "hours", *head], [*threshold_rows(result, choice, most), *rows]
 
 
 def threshold_rows(result: Result, choice: str, most: int) -> list[list[str]]:
@@ -57,7 +70,7 @@ def threshold_rows(result: Result, choice: str, most: int) -> list[list[str]]:
     rows = []
     for name, group in result["groups"].items():
         values = [f"{value:.3g}" for value in group[choice]["thresholds"]]
-        rows.append([f"{name}: distance to reach", "", *values, *[""] * (most - len(values))])
+        rows.append([f"{name}: distance to reach", "", "", *values, *[""] * (most - len(values))])
     return rows
 
 
@@ -70,6 +83,15 @@ def final_words(arm: Mapping[str, Any]) -> str:
     return ", ".join(part for part in (with_interval(final["mean"], final["interval"], "{:.3g}"), gone) if part)
 
 
+def hours_words(group: Mapping[str, Any], arm: str) -> str:
+    """What the arm's trainings and scores took, all seeds together: on the clock, and of GPUs where there were any."""
+    if group["hours"] is None:
+        return "not kept"
+    hours = group["hours"][arm]
+    gpus = f", {hours['gpu_hours']:.2f} GPU" if hours["gpu_hours"] else ""
+    return f"{hours['run_hours']:.2f}{gpus}"
+
+
 def speed_up_words(up: Mapping[str, Any]) -> str:
     """A speed-up, a bound, or divergence."""
     gone = f"{up['diverged']} diverged" if up["diverged"] else ""
@@ -78,7 +100,8 @@ def speed_up_words(up: Mapping[str, Any]) -> str:
     else:
         bounds = {"more than": up["at_least"], "less than": up["at_most"]}
         known = ", ".join(f"{words} {value:.2f} x" for words, value in bounds.items() if value is not None) or ("" if gone else "not known")
-    return ", ".join(part for part in (known, gone) if part)
+    bounds = f"{up['bounds']} of {up['pairs']} pairs are bounds" if up["bounds"] else ""
+    return ", ".join(part for part in (known, bounds, gone) if part)
 
 
 def images_words(spans: Sequence[Sequence[float | None] | None]) -> str:

@@ -1,84 +1,22 @@
-"""The trainings and scores of a comparison, in a folder from which it goes on after any end.
+"""The trainings and scores of a comparison, done one command at a time; what its folder holds is not done again."""
 
-WORK/preset.json          what is compared; another comparison is refused
-WORK/data, extractor.safetensors   made once
-WORK/runs/RUN             a training, until it is scored; removed then
-WORK/scores/RUN           what `fasttrain evaluate` wrote: a JSON file for each step and average, its whole protocol within
-WORK/noise/RUN/SEED       the same of one point with other seeds of the samples
-WORK/spent/RUN.jsonl      seconds of each command that ended
-WORK/done/RUN.json        how a run ended: it is whole
-"""
-
-import json
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from typing import Any
 
+from benchmarks.convergence_folder import Folder, scores_in
 from benchmarks.convergence_presets import Preset, Run
-from benchmarks.miniature_runs import CommandFailed, Laboratory
+from benchmarks.environment import commit
+from benchmarks.miniature_runs import CommandFailed, Laboratory, NotDone, Spent, TimeIsUp
 from benchmarks.whole_file import write_json
 from fasttrain.checkpoint import steps_of
-from fasttrain.errors import Status, UserError
+from fasttrain.errors import Status
 
 UNTRAINED = "untrained"
-SCORED = re.compile(r"step-(?P<step>\d+)-(?P<weights>ema(?:_\d+)?|raw|untrained)-.*\.json")
 FIRST_NOISE_SEED = 1000
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where a comparison's files lie."""
-
-    root: Path
-
-    def run(self, run: Run) -> Path:
-        return self.root / "runs" / run.name
-
-    def scores(self, run: Run) -> Path:
-        return self.root / "scores" / run.name
-
-    def noise(self, run: Run, seed: int) -> Path:
-        return self.root / "noise" / run.name / str(seed)
-
-    def spent(self, run: Run) -> Path:
-        return self.root / "spent" / f"{run.name}.jsonl"
-
-    def done(self, run: Run) -> Path:
-        return self.root / "done" / f"{run.name}.json"
-
-    def ending(self, run: Run) -> dict[str, Any] | None:
-        """How a run ended; None while it is not whole."""
-        return json.loads(self.done(run).read_text()) if self.done(run).exists() else None
-
-    def seconds(self, run: Run) -> list[dict[str, Any]]:
-        """What each command of a run took."""
-        return [json.loads(line) for line in self.spent(run).read_text().splitlines()] if self.spent(run).exists() else []
-
-    def begin(self, preset: Preset) -> None:
-        """Makes the folder this comparison's.
-
-        Raises:
-            UserError: it is another's.
-        """
-        found, wanted = self.root / "preset.json", preset.plain()
-        if not found.exists():
-            write_json(found, wanted)
-        elif (before := json.loads(found.read_text())) != wanted:
-            differing = ", ".join(key for key in wanted if before.get(key) != wanted[key])
-            raise UserError(f"{self.root} holds another comparison (it differs in {differing}): give another --work, or remove it")
-
-
-def scores_in(folder: Path) -> dict[int, dict[str, dict[str, Any]]]:
-    """What `fasttrain evaluate` wrote into a folder: by step, then by weights."""
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("step-*.json")):
-        if match := SCORED.fullmatch(path.name):
-            found.setdefault(int(match["step"]), {})[match["weights"]] = json.loads(path.read_text())
-    return found
+DONE, CUT, FAILED = "done", "cut", "failed"  # how a command ended
 
 
 class Worker:
@@ -87,7 +25,7 @@ class Worker:
     Args:
         lab: runs the commands.
         launcher: see `Laboratory.command`; sampling starts with it too.
-        devices: CUDA_VISIBLE_DEVICES of each run that is made at a time; none: CPU.
+        devices: CUDA_VISIBLE_DEVICES of each run that is made at a time; none: no GPU is seen.
         keep_runs: trainings are not removed once they are scored.
     """
 
@@ -102,10 +40,10 @@ class Worker:
     ):
         self.folder, self.preset, self.lab = folder, preset, lab
         self.launcher, self.keep_runs = launcher, keep_runs
-        self._devices: Queue[str] = Queue()
+        self._all_devices = ",".join(devices)
+        self._free: Queue[str] = Queue()
         for device in devices:
-            self._devices.put(device)
-        self._on_devices = bool(devices)
+            self._free.put(device)
 
     @property
     def data(self) -> str:
@@ -129,9 +67,10 @@ class Worker:
             # What was cut off half-way is made again.
             shutil.rmtree(self.data, ignore_errors=True)
             source, *more = self.preset.data.prepare
-            self.lab.command("prepare", source, *more[:1], self.data, *more[1:], about="preparing the data")
+            self._command(None, "prepare", self._all_devices, "prepare", source, *more[:1], self.data, *more[1:])
         if self.preset.score.features == "extractor" and not self._extractor.exists():
-            self.lab.command("evaluate", "train-extractor", self.data, "--out", self._extractor, about="training the extractor")
+            words = ("evaluate", "train-extractor", self.data, "--out", str(self._extractor))
+            self._command(None, "train the extractor", self._all_devices, *words)
 
     def do(self, run: Run) -> None:
         """Trains and scores a run; what is done of it is not done again.
@@ -140,20 +79,35 @@ class Worker:
             TimeIsUp: the next call goes on.
             CommandFailed: a command went wrong, but for a training that diverged.
         """
-        if self.folder.ending(run) is not None:
-            return
-        device = self._devices.get() if self._on_devices else None
-        try:
-            diverged = self._train(run, device)
-            self._score(run, device)
-            if self._measures_noise(run) and not diverged:
-                self._score_noise(run, device)
-        finally:
-            if device is not None:
-                self._devices.put(device)
-        self._finish(run, diverged)
+        if self.folder.ending(run) is None:
+            self.folder.begin_run(run, self.preset)
+            with self._device() as device:
+                diverged = self._train_and_score(run, device)
+            last = max(steps_of(self.folder.run(run)), default=0)
+            write_json(self.folder.done(run), {**run._asdict(), "diverged": diverged, "last_step": last, "commit": commit()})
+        # Of a run that is whole too: a kill may have come between its last line and this one.
+        if not self.keep_runs and self.folder.run(run).exists():
+            shutil.rmtree(self.folder.run(run))
 
-    def _train(self, run: Run, device: str | None) -> bool:
+    @contextmanager
+    def _device(self) -> Iterator[str]:
+        """The GPUs of one run; none where none are given."""
+        device = self._free.get() if self._all_devices else ""
+        try:
+            yield device
+        finally:
+            if device:
+                self._free.put(device)
+
+    def _train_and_score(self, run: Run, device: str) -> bool:
+        """Whether it diverged."""
+        diverged = self._train(run, device)
+        self._score(run, device)
+        if self._measures_noise(run) and not diverged:
+            self._score_noise(run, device)
+        return diverged
+
+    def _train(self, run: Run, device: str) -> bool:
         """Trains to the end; whether that was divergence."""
         folder = self.folder.run(run)
         if (folder / "diverged.json").exists():
@@ -170,7 +124,7 @@ class Worker:
             return True
         return False
 
-    def _score(self, run: Run, device: str | None) -> None:
+    def _score(self, run: Run, device: str) -> None:
         """Scores every point that was reached with every average, and the network before its first step."""
         there = steps_of(self.folder.run(run))
         found = scores_in(self.folder.scores(run))
@@ -181,7 +135,7 @@ class Worker:
             words = ("--weights", *first, *self.preset.score.weights, "--checkpoint-steps", *map(str, missing))
             self._evaluate(run, "score", device, self.folder.scores(run), run.seed, words)
 
-    def _score_noise(self, run: Run, device: str | None) -> None:
+    def _score_noise(self, run: Run, device: str) -> None:
         words = ("--weights", self.preset.score.fixed, "--checkpoint-steps", str(self.preset.steps))
         for seed in range(FIRST_NOISE_SEED, FIRST_NOISE_SEED + self.preset.score.noise_seeds):
             out = self.folder.noise(run, seed)
@@ -192,23 +146,24 @@ class Worker:
         group, baseline = next(iter(self.preset.groups.items()))
         return run == Run(group, baseline.baseline, 0)
 
-    def _evaluate(self, run: Run, what: str, device: str | None, out: Path, seed: int, words: Sequence[str]) -> None:
+    def _evaluate(self, run: Run, what: str, device: str, out: Path, seed: int, words: Sequence[str]) -> None:
         score = self.preset.score
         how = {"--count": score.count, "--batch": score.batch, "--steps": score.steps, "--guidance": score.guidance, "--seed": seed}
         given = [part for name, value in how.items() for part in (name, str(value))]
         reference = ("--reference", score.reference or self.data, "--features", self.features, "--out", str(out.resolve()))
         self._command(run, what, device, "evaluate", str(self.folder.run(run).resolve()), *reference, *given, *words)
 
-    def _command(self, run: Run, what: str, device: str | None, *words: str) -> None:
-        environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        spent = self.lab.command(*words, about=f"{run.name} {what}", launcher=self.launcher, environment=environment)
-        line = {"what": what, **spent._asdict(), "devices": 0 if device is None else len(device.split(","))}
-        self.folder.spent(run).parent.mkdir(parents=True, exist_ok=True)
-        with self.folder.spent(run).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def _command(self, run: Run | None, what: str, device: str, *words: str) -> None:
+        """Runs a command that sees these GPUs alone, and writes what it took, however it ends; no run: for all of them."""
+        about, launcher = (what, ()) if run is None else (f"{run.name} {what}", self.launcher)
+        try:
+            spent = self.lab.command(*words, about=about, launcher=launcher, environment={"CUDA_VISIBLE_DEVICES": device})
+        except NotDone as error:
+            self._add_seconds(run, what, device, error.spent, CUT if isinstance(error, TimeIsUp) else FAILED)
+            raise
+        self._add_seconds(run, what, device, spent, DONE)
 
-    def _finish(self, run: Run, diverged: bool) -> None:
-        last = max(steps_of(self.folder.run(run)), default=0)
-        write_json(self.folder.done(run), {**run._asdict(), "diverged": diverged, "last_step": last})
-        if not self.keep_runs:
-            shutil.rmtree(self.folder.run(run))
+    def _add_seconds(self, run: Run | None, what: str, device: str, spent: Spent, ended: str) -> None:
+        devices = len(device.split(",")) if device else 0
+        if spent.seconds:  # what was not begun took nothing
+            self.folder.add_seconds(run, {"what": what, "ended": ended, **spent._asdict(), "devices": devices})

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import yaml
+from sklearn.datasets import load_digits
 
 from benchmarks.convergence_presets import FOLDER, Preset, Run, names, read_preset
 from fasttrain.errors import UserError
@@ -49,11 +50,14 @@ def test_the_issues_presets_are_there():
 
 
 def test_an_arms_own_words_stand_behind_its_groups():
-    preset = Preset.model_validate(raw(overrides=["optimizer.learning_rate=3e-3"]))
+    base = raw(overrides=["optimizer.learning_rate=3e-3", "optimizer.weight_decay=0.5"])
+    base["groups"]["x0"]["overrides"] = ["diffusion.weighting=snr", "optimizer.weight_decay=0.25"]
+    preset = Preset.model_validate(base)
     runs = list(preset.runs())
     assert runs == [Run("x0", arm, seed) for seed in (0, 1) for arm in ("const", "min_snr")]
     const, min_snr = (preset.config_of(run) for run in runs[:2])
-    assert type(const.diffusion.weighting).__name__ == "Const" and type(min_snr.diffusion.weighting).__name__ == "MinSnr"
+    assert type(const.diffusion.weighting).__name__ == "Const" and type(min_snr.diffusion.weighting).__name__ == "Snr"
+    assert const.optimizer.weight_decay == 0.25
     assert const.optimizer.learning_rate == 3e-3 and preset.config_of(runs[2]).seed == 1
     assert preset.save_every == math.gcd(128, 32, 64, 96)
 
@@ -61,6 +65,9 @@ def test_an_arms_own_words_stand_behind_its_groups():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"groups": {}}, "groups: "),
+        ({"data": {"prepare": []}}, "data: either train"),
+        ({"data": {"train": "data/digits", "prepare": ["digits"]}}, "data: either train"),
         ({"points": [64, 32, 96]}, "points must rise"),
         ({"points": [32, 64]}, "to steps"),
         ({"seed": 3}, "seed: Extra inputs"),
@@ -74,6 +81,21 @@ def test_mistakes_are_told(tmp_path, changes, told):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw(**changes)))
     with pytest.raises(UserError, match=told):
         read_preset(tmp_path / "mine.yaml")
+
+
+def test_a_mistake_in_an_arm_names_it():
+    preset = Preset.model_validate(raw(groups={"x0": {"baseline": "a", "contender": "b", "arms": {"a": [], "b": ["model.dpeth=3"]}}}))
+    with pytest.raises(UserError, match=r"arm x0 b: [^$]*dpeth"):
+        preset.config_of(Run("x0", "b", 0))
+
+
+def test_edm_arms_know_the_digits_deviation():
+    pixels = load_digits().images / 8 - 1
+    preset = read_preset("strategies")
+    for arm in ("edm weighting", "EDM", "EDM, min_snr"):
+        diffusion = preset.config_of(Run("strategies", arm, 0)).diffusion
+        told = [part.sigma_data for part in (diffusion.weighting, diffusion.prediction) if hasattr(part, "sigma_data")]
+        assert len(told) == (1 if arm == "edm weighting" else 2) and told == pytest.approx([pixels.std()] * len(told), rel=0.01)
 
 
 def test_an_unknown_name_lists_the_known_ones():

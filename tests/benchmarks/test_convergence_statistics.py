@@ -93,12 +93,32 @@ def test_speed_ups_of_unseen_crossings_are_bounds(arm, over, threshold, at_least
         assert bound == (wanted if wanted is None else pytest.approx(wanted, rel=0.01))
 
 
-def test_bounds_of_some_pairs_give_a_bound_of_the_mean():
-    # One pair is exactly 2, the other at least 8: together at least 4.
-    over = [power_law(1.0), Curve((Point(1000, 100.0), Point(8000, 60.0)))]
-    arm = [power_law(2.0), Curve((Point(500, 100.0), Point(1000, 50.0)))]
+def pairs(exact: float, bound: float, others: int) -> tuple[list[Curve], list[Curve]]:
+    """Arm and baseline: so many pairs of this exact speed-up, and one that is at least `bound`."""
+    late = Curve((Point(1000, 100.0), Point(1000 * bound / 2, 60.0)))
+    early = Curve((Point(250, 200.0), Point(500, 100.0), Point(2000, 25.0)))
+    return [*[power_law(exact)] * others, early], [*[power_law(1.0)] * others, late]
+
+
+def test_bounds_of_some_pairs_give_the_safe_end_of_the_interval_alone():
+    # Three pairs are exactly 2, one is at least 8 / 2.
+    arm, over = pairs(2.0, 8.0, others=3)
     found = speed_up(arm, over, 50.0)
-    assert found.value is None and found.at_least == pytest.approx(4.0, rel=1e-6) and found.at_most is None
+    assert found.value is None and found.interval is None and found.at_most is None and (found.bounds, found.pairs) == (1, 4)
+    logs = np.log([2.0, 2.0, 2.0, 4.0])
+    assert found.at_least == pytest.approx(math.exp(logs.mean() - 3.18245 * logs.std(ddof=1) / 2), rel=1e-5)
+    # The other way round the same pairs are at most the quotient's inverse.
+    back = speed_up(over, arm, 50.0)
+    assert back.at_least is None and back.at_most == pytest.approx(1 / found.at_least) and back.bounds == 1
+
+
+def test_bounds_of_two_very_different_pairs_prove_little_and_stay_numbers():
+    arm, over = pairs(2.0, 8.0, others=1)
+    assert speed_up(arm, over, 50.0).at_least < 1  # their mean is 2.8
+    far = [Curve((Point(1, 100.0), Point(1e300, 60.0))), Curve((Point(1, 100.0), Point(2, 1.0)))]
+    near = [Curve((Point(1, 100.0), Point(2, 1.0))), Curve((Point(1, 100.0), Point(1e300, 1.0)))]
+    found = speed_up(near, far, 50.0)
+    assert found.at_least == 0 and found.at_most is None and math.isfinite(speed_up(far, near, 50.0).at_most)
 
 
 def test_divergence_is_counted_and_no_bound():

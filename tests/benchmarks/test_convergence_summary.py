@@ -5,11 +5,13 @@ import json
 import pytest
 from PIL import Image
 
+from benchmarks.convergence_again import judged_again
+from benchmarks.convergence_folder import Folder, scores_in
 from benchmarks.convergence_presets import Preset
 from benchmarks.convergence_statistics import Curve, Point, SpeedUp
 from benchmarks.convergence_summary import summary, verdict
-from benchmarks.convergence_tables import convergence, draw, speed_up_rows
-from benchmarks.convergence_work import Folder, scores_in
+from benchmarks.convergence_tables import convergence, draw, speed_up_rows, speed_up_words, told
+from benchmarks.environment import RESULTS
 from benchmarks.whole_file import write_json
 from fasttrain.errors import UserError
 from tests.benchmarks.test_convergence_presets import raw
@@ -37,9 +39,11 @@ def folder(tmp_path, preset) -> Folder:
         for step in preset.points[: 2 if run.arm == "lost" else None]:
             for weights, factor in (("ema", 2.0), ("ema_1", 1.0)):
                 write(folder.scores(run), step, weights, factor * scale / (step * preset.batch))
-        write_json(folder.done(run), {**run._asdict(), "diverged": run.arm == "lost", "last_step": 512})
+        write_json(folder.done(run), {**run._asdict(), "diverged": run.arm == "lost", "last_step": 512, "commit": "c"})
         folder.spent(run).parent.mkdir(exist_ok=True)
-        folder.spent(run).write_text(json.dumps({"what": "train", "seconds": 3600, "cpu_seconds": 1800, "devices": 2}) + "\n")
+        folder.spent(run).write_text(
+            json.dumps({"what": "train", "ended": "done", "seconds": 3600, "cpu_seconds": 1800, "devices": 2}) + "\n"
+        )
     return folder
 
 
@@ -75,7 +79,8 @@ def test_divergence_is_told_as_divergence(folder, preset):
     assert [up["diverged"] for up in lost["arms"]["lost"]["speed_up"]] == [0, 1, 2, 2]  # what was reached before counts
     assert lost["contender_over"]["lost"][-1]["verdict"] == "the other diverged"
     head, rows = speed_up_rows({"groups": {"x0": summary(folder, preset)["groups"]["x0"]}})
-    assert head[0] == "arm" and {row[0]: row for row in rows}["x0 lost"][1::2] == ["2 of 2 diverged", "1.00 x, 1 diverged", "2 diverged"]
+    assert head[0] == "arm" and {row[0]: row for row in rows}["x0 lost"][1] == "2 of 2 diverged"
+    assert {row[0]: row for row in rows}["x0 lost"][4::2] == ["1.00 x, 1 diverged", "2 diverged"]
 
 
 def test_a_last_score_no_better_than_before_the_first_step_is_divergence(folder, preset):
@@ -109,29 +114,85 @@ def test_noise_is_between_seeds_of_the_samples(folder, preset):
     assert found["relative_deviation"] == pytest.approx(0.1004, abs=1e-3) and found["scores"] == [1.0, 1.1, 0.9]
 
 
-def test_a_folder_belongs_to_one_comparison(tmp_path, preset):
-    Folder(tmp_path).begin(preset)
-    Folder(tmp_path).begin(preset)
-    with pytest.raises(UserError, match="it differs in seeds"):
-        Folder(tmp_path).begin(preset.model_copy(update={"seeds": 7}))
-
-
 def test_other_files_are_no_scores(tmp_path):
     write(tmp_path, 64, "ema_1", 1.0)
     (tmp_path / "step-00000064-ema_2-pixels.json.1234.tmp").write_text("{")
     assert scores_in(tmp_path) == {64: {"ema_1": {"frechet_distance": 1.0, "protocol": {"checkpoint_step": 64}}}}
 
 
+STRAIGHT, GONE = Curve((Point(1, 1.0),)), Curve((Point(1, 1.0),), diverged=True)
+
+
 @pytest.mark.parametrize(
     ("up", "wanted"),
     [
-        (SpeedUp(2.0, (1.5, 2.6), None, None, 5, 0, 5), "faster"),
-        (SpeedUp(2.0, (0.9, 4.4), None, None, 5, 0, 5), "undecided"),
-        (SpeedUp(0.5, (0.4, 0.6), None, None, 5, 0, 5), "slower"),
-        (SpeedUp(None, None, 1.7, None, 5, 0, 5), "faster"),
-        (SpeedUp(None, None, None, 1.7, 5, 0, 0), "undecided"),
-        (SpeedUp(9.0, None, None, None, 1, 0, 1), "undecided"),
+        (SpeedUp(2.0, (1.5, 2.6), None, None, 5, 0, 0, 5), "faster"),
+        (SpeedUp(2.0, (0.9, 4.4), None, None, 5, 0, 0, 5), "undecided"),
+        (SpeedUp(0.5, (0.4, 0.6), None, None, 5, 0, 0, 5), "slower"),
+        (SpeedUp(None, None, 1.7, None, 5, 1, 0, 5), "faster"),
+        (SpeedUp(None, None, 0.7, None, 5, 1, 0, 5), "undecided"),
+        (SpeedUp(None, None, None, 1.7, 5, 1, 0, 0), "undecided"),
+        (SpeedUp(None, None, None, 0.7, 5, 1, 0, 0), "slower"),
+        (SpeedUp(9.0, None, None, None, 1, 0, 0, 1), "undecided"),
+        (SpeedUp(None, None, 9.0, None, 1, 1, 0, 1), "undecided"),
+        (SpeedUp(None, None, None, 0.1, 1, 1, 0, 1), "undecided"),
     ],
 )
 def test_verdicts(up, wanted):
-    assert verdict(up, [Curve((Point(1, 1.0),))]) == wanted
+    assert verdict(up, [STRAIGHT] * 5, [STRAIGHT] * 5) == wanted
+
+
+def test_a_contender_that_diverged_anywhere_is_told_as_that_and_not_as_faster():
+    fast, none = SpeedUp(2.0, (1.5, 2.6), None, None, 4, 0, 0, 4), SpeedUp(None, None, None, None, 0, 0, 5, 0)
+    assert verdict(fast, [STRAIGHT] * 4 + [GONE], [STRAIGHT] * 5) == "diverged in 1 of 5 seeds"
+    assert verdict(none, [GONE] * 5, [GONE] * 5) == "diverged in 5 of 5 seeds"
+    assert verdict(none, [STRAIGHT] * 5, [GONE] * 5) == "the other diverged"
+    assert verdict(fast, [STRAIGHT] * 5, [STRAIGHT] * 4 + [GONE]) == "faster"
+
+
+def test_nine_pairs_of_which_one_is_a_bound_and_whose_interval_spans_one_decide_nothing():
+    """The first threshold of the committed comparison: logarithms of the quotients as they are there."""
+    result = json.loads((RESULTS / "cpu" / "convergence-digits-smoke-seeds.json").read_text())
+    first = judged_again(result)["groups"]["x0"]["best"]["contender_over"]["const"][0]
+    assert first["verdict"] == "undecided" and first["bounds"] == 1 and first["at_most"] == pytest.approx(1.08, abs=0.005)
+    assert json.loads(json.dumps(judged_again(result))) == result, "the committed result is not what its curves say"
+
+
+def test_which_runs_diverged_must_be_known_to_judge_again(folder, preset):
+    result = json.loads(json.dumps({"preset": preset.plain(), **summary(folder, preset)}))
+    assert json.loads(json.dumps(judged_again(result))) == result
+    lost = result["groups"]["x0"]["best"]["arms"]["lost"]
+    del lost["which_diverged"]
+    judged_again(result)
+    lost["diverged"] = 1
+    with pytest.raises(UserError, match="1 of 2 runs of lost diverged, and not which"):
+        judged_again(result)
+
+
+def test_hours_of_each_arm_count_what_was_cut_and_are_told(folder, preset):
+    run = next(run for run in preset.runs() if run.arm == "fast")
+    folder.add_seconds(run, {"what": "train", "ended": "cut", "seconds": 1800, "cpu_seconds": 0, "devices": 2})
+    folder.add_seconds(None, {"what": "prepare", "ended": "done", "seconds": 360, "cpu_seconds": 360, "devices": 0})
+    found = summary(folder, preset)
+    hours = found["groups"]["x0"]["hours"]
+    assert hours["fast"]["run_hours"] == 2.5 and hours["fast"]["gpu_hours"] == 5 and hours["const"]["run_hours"] == 3
+    assert found["run_hours"] == 8.6
+    head, rows = speed_up_rows(found)
+    assert head[2] == "hours" and {row[0]: row[2] for row in rows}["x0 fast"] == "2.50, 5.00 GPU"
+
+
+def test_other_ends_of_the_samplers_grid_are_told(folder, preset):
+    result = {"preset": preset.plain(), **summary(folder, preset)}
+    grids = result["groups"]["x0"]["grids"]
+    assert grids["const"] == grids["fast"] and grids["const"]["smallest_sigma"] == pytest.approx(0.0064, abs=1e-4)
+    assert "noise levels" not in told("cpu", result)
+    arms = {**preset.groups["x0"].arms, "fast": ("diffusion.schedule=edm", "diffusion.prediction=edm")}
+    other = preset.model_copy(update={"groups": {"x0": preset.groups["x0"].model_copy(update={"arms": arms})}})
+    result = {"preset": other.plain(), **summary(folder, other)}
+    assert result["groups"]["x0"]["grids"]["fast"]["smallest_sigma"] == pytest.approx(0.002)
+    assert "80.2 to 0.0064, but 80 to 0.002 for x0 fast" in told("cpu", result)
+
+
+def test_pairs_that_are_bounds_are_told():
+    words = speed_up_words(SpeedUp(None, None, None, 1.08, 9, 1, 0, 9).plain())
+    assert words == "less than 1.08 x, 1 of 9 pairs are bounds"
