@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -92,7 +93,7 @@ class Receipt(Sealed):
 class Plan(Sealed):
     """What a checkpoint holds: enough to refuse it by name where it does not fit.
 
-    `timestep_weights` are those that weighting `pareto` has solved for: see pareto_weights.py.
+    `timestep_weights` are those that weighting `pareto` has solved for: see pareto_weights.py; `lengths` those in effect: see lengths.py.
     """
 
     format: int
@@ -103,6 +104,7 @@ class Plan(Sealed):
     world_size: int = Field(gt=0)
     zero_stage: int = Field(ge=0, le=3)
     timestep_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    lengths: dict[str, Annotated[int, Field(gt=0)]] = {}
 
     @field_validator("format")
     @classmethod
@@ -193,6 +195,14 @@ def commit(partial: Path, manifest: Manifest) -> str | None:
 def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a folder of them, newest first."""
     return sorted((f for f in folder.glob("step-*") if _NAME.fullmatch(f.name) and f.is_dir()), key=step_of, reverse=True)
+
+
+def lengths_of(run_dir: Path) -> dict[str, int]:
+    """The lengths that a run has gone by so far, by its newest manifest; none where there is none."""
+    for folder in committed(run_dir / "checkpoints"):
+        with suppress(OSError, ValueError):
+            return Manifest.read(folder).lengths
+    return {}
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:

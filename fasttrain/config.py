@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fasttrain.choices import DEFAULT, KernelChoice
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.addresses import scheme_of
-from fasttrain.diffusion.curriculum import SHARE_OF_RUN, Curriculum
 from fasttrain.diffusion.prediction import PREDICTIONS, X0, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Cosine, DiscreteSchedule, Schedule
 from fasttrain.diffusion.timesteps import TIMESTEPS, OfPlaces, Stratified, Timesteps
@@ -59,12 +57,6 @@ class DiffusionConfig(Section):
     label_drop: float = Field(default=0.15, ge=0, lt=1)
     control_drop: float = Field(default=0.1, ge=0, lt=1)
     uncertainty: bool = False
-
-    def over(self, images: int) -> "DiffusionConfig":
-        """The same for a run of so many images: over a share of which a curriculum goes, where the config does not say."""
-        if not isinstance(self.timesteps, Curriculum) or self.timesteps.images is not None:
-            return self
-        return self.model_copy(update={"timesteps": replace(self.timesteps, images=max(1, round(SHARE_OF_RUN * images)))})
 
 
 class TrainingConfig(Section):

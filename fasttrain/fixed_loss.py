@@ -20,7 +20,8 @@ FIXED_KEY = 0x66697865
 class FixedLoss:
     """The weighted loss as the run trains on it, on the same images with the same noise, timesteps and conditions each time.
 
-    Their positions lie behind the run's last one: a curriculum over timesteps is then at its end, whichever checkpoint is looked at.
+    Their positions lie behind the run's last one: a curriculum over timesteps is then where the run's end leaves it, whichever checkpoint
+    is looked at. A learned uncertainty is no part of it: a network that is looked at predicts without one.
 
     Args:
         config, data: the run's; its training images, or its held-out ones.
@@ -54,12 +55,12 @@ class FixedLoss:
             yield self._objective(network, batch.x0(self._seed), batch.cond, batch.position, dtype=torch.float32)
 
     def minimised(self, network: Model) -> Iterator[Tensor]:
-        """What training minimises, of each micro-batch: differentiable."""
+        """The weighted loss of each micro-batch: differentiable."""
         return (loss.loss for loss in self.batches(network))
 
     @torch.no_grad()
     def mean(self, network: nn.Module) -> float:
-        """What training minimises, over all samples of all processes. A collective."""
+        """The weighted loss over all samples of all processes. A collective."""
         losses = torch.stack([loss.double() for loss in self.minimised(network)])
         return float(self._processes.sum(losses.mean()[None])) / self._processes.world_size
 

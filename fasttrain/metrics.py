@@ -41,7 +41,10 @@ class Meters:
         self._by_range: list[Tensor] = []
 
     def add(self, loss: Tensor, by_range: Tensor) -> None:
-        """One micro-batch: its loss [], and for each range the sum of its samples' unweighted losses and their count [ranges, 2]."""
+        """One micro-batch: its weighted loss [], and for each range the sum of its samples' unweighted losses and their count [ranges, 2].
+
+        The weighted loss is that without a learned uncertainty, as the held-out loss is: with it a loss can be negative.
+        """
         self._losses.append(loss.detach())
         self._by_range.append(by_range)
 

@@ -12,6 +12,7 @@ from fasttrain.config import RunConfig
 from fasttrain.data.index import Index
 from fasttrain.data.loader import Loader
 from fasttrain.diffusion.objective import Loss, Objective
+from fasttrain.diffusion.weighting import Weighting
 from fasttrain.engine.distributed import Processes
 from fasttrain.generation import Wishes, build_generator
 from fasttrain.models.implementations import Implementations
@@ -61,17 +62,22 @@ class Preview:
         self._network.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
-    def held_out_loss(self, batch: int) -> dict[str, float]:
+    def held_out_loss(self, batch: int, weighting: Weighting) -> dict[str, float]:
         """Weighted and unweighted loss on the held-out images, noise and timesteps a function of the image's number. A collective.
 
-        Every rank takes every world_size-th image, so the sum over the ranks is over the same images at any world size.
+        Every rank takes every world_size-th image, so the sum over the ranks is over the same images at any world size. Images are
+        numbered from 0 at every look, so a curriculum over timesteps is looked at as at its beginning, where it is uniform.
+
+        Args:
+            batch: images of a forward pass.
+            weighting: the one in effect; a run may solve for it anew.
         """
         assert self._held_out is not None and self._network is not None
         d = self._config.diffusion
         objective = Objective(
             d.schedule,
             d.prediction,
-            d.weighting,
+            weighting,
             d.timesteps,
             nothing=Nothing(),
             seed=self._seed ^ HELD_OUT_KEY,

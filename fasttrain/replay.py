@@ -94,7 +94,7 @@ class Watched(Trainer):
         def watched(model: Any, clean: Tensor | Posterior, cond: Cond, position: Tensor, dtype: torch.dtype) -> Any:
             loss = objective(model, clean, cond, position, dtype=dtype)
             told = {"position": position, "label": cond.labels, "timestep": loss.t, "loss": loss.weighted, "mse": loss.mse}
-            mean = float(loss.loss.detach())
+            mean = float(loss.weighted.mean())
             self._micro_batches[-1] = {
                 "rank": self.processes.rank,
                 "loss": mean,

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fasttrain.data.index import Index
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
 from fasttrain.files import write_whole
+from fasttrain.lengths import filled
 from fasttrain.models import MODELS, Transformer
 from fasttrain.models.mmdit import MmDiT
 from fasttrain.registry import shown
@@ -35,8 +36,11 @@ from fasttrain.versions import installed
 _PACKAGES = ("fasttrain", "torch", "triton", "deepspeed", "numpy", "webdataset", "safetensors", "flash-attn", "diffusers")
 
 
-def resolve(config: RunConfig, index: Index) -> RunConfig:
+def resolve(config: RunConfig, index: Index, begun: Mapping[str, int] | None = None) -> RunConfig:
     """The config with open fields filled in, from the data and the run's length, and DeepSpeed's settings in place of their file's name.
+
+    Args:
+        begun: the lengths that the run has gone by so far; see lengths.py.
 
     Raises:
         UserError: the data's shape, classes, text, facts or VAE contradict the config; the message names both keys.
@@ -69,12 +73,7 @@ def resolve(config: RunConfig, index: Index) -> RunConfig:
         model = dataclasses.replace(model, **found)
     except ValueError as error:
         raise UserError(f"{error}; input_size comes from {config.data.train}") from None
-    training = config.training
-    over = {
-        "diffusion": config.diffusion.over(training.steps * training.global_batch),
-        "optimizer": config.optimizer.over(training.steps),
-    }
-    return config.model_copy(update={"model": model, "deepspeed": config.deepspeed_settings(), **over})
+    return filled(config, begun or {}).model_copy(update={"model": model, "deepspeed": config.deepspeed_settings()})
 
 
 def _told(config: RunConfig, index: Index) -> dict[str, Any]:

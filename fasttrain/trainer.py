@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fasttrain.building import build_network, build_objective
-from fasttrain.checkpoint import FORMAT, Checkpoints, Manifest, Plan, Progress, check_fits
+from fasttrain.checkpoint import FORMAT, Checkpoints, Manifest, Plan, Progress, check_fits, lengths_of
 from fasttrain.choices import check_kernels, choose_attention, describe_kernels, make_deterministic
 from fasttrain.config import RunConfig
 from fasttrain.damage_report import DamageReport
@@ -23,6 +23,7 @@ from fasttrain.engine.optimizer import Clock, ema_name
 from fasttrain.engine.updates import choose_update
 from fasttrain.engine.watchdog import Watchdog
 from fasttrain.errors import CorruptedError
+from fasttrain.lengths import lengths, told_of_kept
 from fasttrain.lock import WAIT_SECONDS, locked
 from fasttrain.metrics import Meters, Reporter, Stopwatch, peak_flops
 from fasttrain.models.flops import TRAINING
@@ -51,7 +52,10 @@ class Trainer:
     def __init__(self, config: RunConfig, processes: Processes, activity: Activity | None = None):
         data = open_data(config, activity.renew if activity else lambda: None)
         self.data, self.index, self.damage = data, data.index, data.shards.damage
-        self.config = config = resolve(config, self.index)
+        begun = processes.from_main(lengths_of(config.run_dir) if processes.is_main else None)
+        asked, self.config = config, resolve(config, self.index, begun)
+        config = self.config
+        self._kept = told_of_kept(asked, config)
         self.processes = processes
         self.activity = activity or Activity()
         self.micro_batch = config.training.micro_batch_of(processes.world_size)
@@ -162,7 +166,7 @@ class Trainer:
                 self.before_update(step)
             self._begin("update", step)
             self.engine.step()
-            self.meters.add(loss.loss, loss.by_range)
+            self.meters.add(loss.weighted.mean(), loss.by_range)
         self.pace.end_step()
         taken = bool(self.engine.was_step_applied())
         self.progress = Progress(step, next_position, self.progress.updates + taken)
@@ -207,7 +211,7 @@ class Trainer:
         self.progress = manifest.progress
         self.saved_step = self._reported_step = self.progress.step
         reporter.say(f"continuing from {folder.name} in {self.config.run_dir}")
-        if told := told_at_resume(self.config):
+        for told in filter(None, (told_at_resume(self.config), *self._kept)):
             reporter.say(told)
 
     def save(self) -> None:
@@ -230,6 +234,7 @@ class Trainer:
             world_size=self.processes.world_size,
             zero_stage=self.config.zero_stage,
             timestep_weights=self.pareto.values,
+            lengths={key: length for key, length in lengths(self.config).items() if length is not None},
         )
 
     def _means(self) -> str:
@@ -295,7 +300,7 @@ class Trainer:
         self.activity.begin("looking", self.progress.step)
         self.preview.load(self.state.full(ema_name(0)))
         if held_out:
-            losses = self.preview.held_out_loss(self.micro_batch)
+            losses = self.preview.held_out_loss(self.micro_batch, self.objective.weighting)
             reporter.say(f"held-out loss {losses['held_out_loss']:.4f}, unweighted {losses['held_out_mse']:.4f}")
             reporter.write({"step": self.progress.step, "position": self.progress.position, **losses})
         if grid:

@@ -45,7 +45,7 @@ def _held_out_losses(processes: Processes, raw: dict[str, Any]) -> tuple[float, 
     preview, loader = trainer.preview, trainer.preview._held_out
     assert loader is not None
     preview.load(trainer.state.full(ema_name(0)))
-    told = preview.held_out_loss(HELD_OUT - 1)["held_out_loss"]
+    told = preview.held_out_loss(HELD_OUT - 1, trainer.objective.weighting)["held_out_loss"]
     batch, index = next(loader.batches(0, HELD_OUT)), loader.shards.index
     mean, logvar = torch.from_numpy(loader.shards.gather(batch.sample_id.numpy())[0])[:, 0].float().unbind(1)
     z = mean + (logvar / 2).exp() * normal(trainer.seed, batch.position, (4, 8, 8), Purpose.POSTERIOR)

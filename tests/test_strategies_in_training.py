@@ -8,12 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fasttrain.checkpoint import Checkpoints
 from fasttrain.cli import main
 from fasttrain.cond import Cond
 from fasttrain.config import parse_config
 from fasttrain.diffusion.curriculum import Curriculum
+from fasttrain.diffusion.timestep_weights import Table, placed
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
+from fasttrain.lengths import CURRICULUM, MOMENTUM, RATE, filled, lengths
 from fasttrain.run import read_run, write_folder
 from fasttrain.trained import Trained
 from tests.ranks import run_ranks
@@ -86,6 +89,37 @@ def test_open_lengths_are_those_of_the_run_and_the_rate_told_is_the_one_taken(tm
     assert groups == [pytest.approx((rates[-1], betas[-1]))]
 
 
+def _planned(processes: Processes, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """The lengths that a start goes by, what it says of them, and those that its own checkpoint then holds."""
+    trainer = start(processes, raw)
+    trainer.train_step()
+    trainer.save()
+    trainer.saver.finish()
+    trainer.loader.close()
+    found = Checkpoints(trainer.config.run_dir, processes).newest()
+    assert found is not None and trainer.objective.timesteps.images == lengths(trainer.config)[CURRICULUM]
+    return lengths(trainer.config), trainer._kept, found[1].lengths
+
+
+def test_a_run_made_longer_goes_on_as_planned_unless_lengths_are_given(tmp_path: Path, digits: Path):
+    raw = strategies(tmp_path / "run", digits, 1)
+    raw["diffusion"] = {**raw["diffusion"], "timesteps": "curriculum"}
+    first = {CURRICULUM: round(0.2 * 2 * STEPS * GLOBAL_BATCH), MOMENTUM: 2 * STEPS}
+    assert run_ranks(1, _planned, raw)[0] == (first, [], first)
+    longer = {**raw, "training": {**raw["training"], "steps": 5 * STEPS}}
+    for found, told, kept in run_ranks(2, _planned, longer):
+        assert found == kept == first and len(told) == 2
+        assert f"{MOMENTUM} stays {2 * STEPS}, as planned when the run began; for {5 * STEPS}" in told[1]
+    given = {**longer, "optimizer": {**raw["optimizer"], "momentum_decay": {"floor": 0.2, "steps": 11}}}
+    found, told, kept = run_ranks(1, _planned, given)[0]
+    assert found == kept == {**first, MOMENTUM: 11} and len(told) == 1
+
+
+def test_the_control_arm_s_length_is_kept_as_well(tmp_path: Path, digits: Path):
+    config = parse_config(plain_config(tmp_path, digits, optimizer={"decay": "demon"}), "test")
+    assert lengths(filled(config, {})) == {RATE: 20} and lengths(filled(config, {RATE: 7, MOMENTUM: 3})) == {RATE: 7}
+
+
 def _run_to_sample(processes: Processes, raw: dict[str, Any]) -> None:
     trainer = start(processes, raw)
     write_folder(trainer.config, trainer.index, processes)
@@ -119,3 +153,50 @@ def test_a_vit_refuses_edm_s_real_timesteps(tmp_path: Path, digits: Path):
     raw = plain_config(tmp_path / "run", digits, diffusion={"schedule": "edm"})
     with pytest.raises(UserError, match=r"diffusion\.schedule edm has real ones: take a dit or an mmdit"):
         parse_config(raw, "test")
+
+
+def _looked(processes: Processes, raw: dict[str, Any]) -> tuple[list[float], list[float], list[float]]:
+    """The losses that a report tells of two steps, those without the uncertainty, and those that were minimised."""
+    trainer = start(processes, raw)
+    with torch.no_grad():  # as after long training: u far below 0
+        trainer.network.get_parameter("uncertainty.weight")[0] = -1.0
+    minimised, weighted = [], []
+    objective = trainer.objective
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loss = objective(*args, **kwargs)
+        minimised.append(float(loss.loss.detach()))
+        weighted.append(float(loss.weighted.mean()))
+        return loss
+
+    trainer.objective = watched  # type: ignore[assignment]
+    for _ in range(2):
+        trainer.train_step()
+    trainer.loader.close()
+    return trainer.meters.reduce()["losses"], weighted, minimised
+
+
+def test_losses_are_told_without_the_uncertainty(tmp_path: Path, digits: Path):
+    """The minimised one, e^-u L + u, is negative for a small L and its u: no spike could be found in its logarithm."""
+    told, weighted, minimised = run_ranks(1, _looked, strategies(tmp_path / "run", digits, 1))[0]
+    assert told == pytest.approx(weighted) and abs(minimised[0] / weighted[0] - 1) > 0.1
+
+
+def _held_out(processes: Processes, raw: dict[str, Any]) -> list[float]:
+    """The held-out loss under the weights in effect, and under others."""
+    trainer = start(processes, raw)
+    trainer.train_step()
+    told: list[dict[str, Any]] = []
+    reporter = type("Reporter", (), {"say": lambda *_: None, "write": lambda _, record: told.append(record)})()
+    for weighting in (trainer.objective.weighting, placed(Table((0.0, 0.0, 9.0)), trainer.config.diffusion.schedule)):
+        trainer.objective.weighting = weighting
+        trainer._look(reporter, held_out=True, grid=False)
+    trainer.loader.close()
+    return [record["held_out_loss"] for record in told]
+
+
+def test_the_held_out_loss_is_weighted_as_the_run_s_is_now(tmp_path: Path, digits: Path):
+    pareto = {"name": "pareto", "ranges": 3, "every": 3, "samples": 8}
+    raw = plain_config(tmp_path / "run", digits, diffusion={"weighting": pareto}, data={"held_out": 16})
+    now, others = run_ranks(1, _held_out, {**raw, "log": {**raw["log"], "held_out_every": 1}})[0]
+    assert others > 2 * now

@@ -40,7 +40,8 @@ class Curriculum:
         mean: of the normal, as a share of T: 0.3 is the paper's best.
         std: its deviation, as a share of T. The paper's is not in our copy: 0.25 is our choice, at which no timestep is drawn less than
             1 / 28 as often as under uniform draws.
-        images: after how many the draws are normal altogether; None: 20 % of the run's, filled in when it starts.
+        images: after how many the draws are normal altogether; None: 20 % of the run's, filled in when it begins,
+            and kept where it is made longer later on.
         stratified: false draws independently instead.
 
     Raises:

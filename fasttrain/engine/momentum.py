@@ -20,7 +20,7 @@ class Demon(BaseModel):
     its own: that is what falls linearly, from beta_0 / (1 - beta_0) to 0.
 
     `floor` is the paper's lower limit, whose number is not in our copy; 0 is Demon as published. `steps` null: those of the run, filled in
-    when it starts. A run that is made longer later on decays otherwise from there on, as with any decay: then give `steps`.
+    when it begins. A run that is made longer later on goes on by what was planned then, unless `steps` are given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -68,12 +68,6 @@ class OptimizerConfig(BaseModel):
             )
         return self
 
-    def over(self, steps: int) -> "OptimizerConfig":
-        """The same for a run of so many steps: over which momentum decays, where the config does not say."""
-        if self.momentum_decay is None or self.momentum_decay.steps is not None:
-            return self
-        return self.model_copy(update={"momentum_decay": self.momentum_decay.model_copy(update={"steps": steps})})
-
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of step 1, 2, ... total_steps: linear warm-up, then constant or a decay.
 
@@ -96,10 +90,10 @@ class OptimizerConfig(BaseModel):
         `update` is what `updates.choose_update` gives for `implementation`; by default our one pass.
 
         Raises:
-            ValueError: momentum decays over a run whose length nobody said; see `over`.
+            ValueError: momentum decays over a run whose length nobody said.
         """
         if self.momentum_decay is not None and self.momentum_decay.steps is None:
-            raise ValueError("momentum_decay.steps is open: give it, or build the optimizer of `over(steps)`")
+            raise ValueError("momentum_decay.steps is open: give it, or the run's")
         return AdamWEMA(
             parameters,
             lr=self.learning_rate,

@@ -29,9 +29,9 @@ def optimizer(p: Tensor, update: Update, *, start: float = 0.9, **decay: Any) ->
         weight_decay=0.1,
         eps=1e-30,
         ema=(),
-        momentum_decay=MomentumDecay(**decay) if decay else None,
+        momentum_decay=MomentumDecay(**{"steps": STEPS, **decay}) if decay else None,
     )
-    return config.over(STEPS).build([p], update)
+    return config.build([p], update)
 
 
 def steps(made: AdamWEMA, p: Tensor, gradients: list[Tensor]) -> list[Tensor]:
@@ -219,7 +219,7 @@ def test_what_is_no_product_of_betas_is_refused(product: float) -> None:
 
 def test_the_control_arm_has_the_rates_that_compensation_has() -> None:
     arm = OptimizerConfig(learning_rate=2.0, betas=(0.9, 0.99), warmup_steps=10, decay="demon")
-    decayed = OptimizerConfig(learning_rate=2.0, betas=(0.9, 0.99), warmup_steps=10, momentum_decay=MomentumDecay()).over(STEPS)
+    decayed = OptimizerConfig(learning_rate=2.0, betas=(0.9, 0.99), warmup_steps=10, momentum_decay=MomentumDecay(steps=STEPS))
     made = decayed.build([torch.zeros(1, requires_grad=True)])
     for k in range(1, STEPS + 1):
         made.begin(Clock(k, k, 1), decayed.rate(k, STEPS))
@@ -233,7 +233,7 @@ def test_decays_are_read_by_name_and_written_as_they_were() -> None:
     assert OptimizerConfig(decay="demon").decay == Demon() and OptimizerConfig(decay="cosine").decay == "cosine"
     config = OptimizerConfig(decay={"name": "demon", "floor": 0.5}, momentum_decay=None)
     assert OptimizerConfig.model_validate_json(config.model_dump_json()) == config
-    assert OptimizerConfig(momentum_decay={"steps": 7}).over(9).momentum_decay == MomentumDecay(steps=7)
+    assert OptimizerConfig(momentum_decay={"steps": 7}).momentum_decay == MomentumDecay(steps=7)
 
 
 @pytest.mark.parametrize(
