@@ -65,6 +65,10 @@ def test_min_snr_beats_const_on_digits_over_a_kill_of_the_harness(smoke, tmp_pat
     assert (tmp_path / "out.png").exists() and result["runs_done"] == result["runs"] == 2 * SEEDS
     assert not list((tmp_path / "runs").iterdir()), "scored trainings are removed"
 
+    hours, seeds = result["groups"]["x0"]["hours"], [*range(SEEDS)]
+    assert all(arm["run_hours"] > arm["training_hours"] > 0 for arm in hours.values()) and result["commits"]
+    assert {path.name for path in (tmp_path / "arms").iterdir()} == {f"x0-{arm}-{seed}.json" for arm in hours for seed in seeds}
+
     arms = result["groups"]["x0"]["best"]["arms"]
     assert not arms["const"]["diverged"] and not arms["min_snr"]["diverged"]
     const, min_snr = (statistics.geometric_mean([curve[-1][1] for curve in arms[name]["curves"]]) for name in ("const", "min_snr"))
@@ -81,6 +85,15 @@ def test_mistakes_end_with_their_status(tmp_path, capsys):
     assert convergence.main(["no-such", "--work", str(tmp_path)]) == 2
     assert convergence.main(["cifar10", "--work", str(tmp_path)]) == 2
     assert "--images" in capsys.readouterr().err
+
+
+def test_a_preparation_that_fails_is_one_message_and_names_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # commands run in another folder
+    assert convergence.main(["cifar10-cpu", "--work", "work", "--images", "no/pictures"]) == 1
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/no/pictures: no such folder" in told and "Traceback" not in told
+    result = (tmp_path / "work" / "result.json").read_text()
+    assert json.loads(result)["preset"]["data"]["prepare"][1] == "pictures" and str(tmp_path) not in result
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
