@@ -1,6 +1,8 @@
 """`fasttrain analyse` on real small runs: what each analysis finds, writes and refuses."""
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from fasttrain.commands.analyses.finetune import plan
+from fasttrain.config import parse_config
 from fasttrain.dataset import open_data
 from fasttrain.engine.distributed import Processes
 from fasttrain.range_losses import Draws, RangeLosses
@@ -74,6 +78,13 @@ def test_gradients_of_another_run_are_refused(run, tmp_path):
     assert done.status == 2 and "measure them anew" in done.err
 
 
+def test_gradients_of_zeros_are_refused_in_one_line(run, tmp_path):
+    zeros = {"run": "run", "ranges": 2, "names": ["0-499", "500-999"], "gram": [[0, 0], [0, 0]]}
+    (tmp_path / "gradients.json").write_text(json.dumps(zeros))
+    done = fasttrain("analyse", "pareto", run, "--gradients", tmp_path / "gradients.json")
+    assert done.status == 2 and "all gradients of" in done.err and "Traceback" not in done.err
+
+
 def test_instability_and_cost(run, tmp_path):
     found = analysed("instability", run, "--ranges", "4", "--batch", "8", "--counts", "4", "16", "--repeats", "2", out=tmp_path)
     assert [row["samples_per_range"] for row in found["counts"]] == [4, 16]
@@ -97,6 +108,17 @@ def test_losses_of_other_targets_are_not_compared(run, tmp_path, digits):
     assert done.status == 2 and f"diffusion.prediction of {other}" in done.err
 
 
+def test_losses_of_other_parameters_of_one_target_are_not_compared(run, tmp_path):
+    folders = []
+    for sigma_data in (0.5, 1.0):
+        folders.append(shutil.copytree(run, tmp_path / str(sigma_data)))
+        raw = yaml.safe_load((run / "config.yaml").read_text())
+        raw["diffusion"]["prediction"] = {"name": "edm", "sigma_data": sigma_data}
+        (folders[-1] / "config.yaml").write_text(yaml.safe_dump(raw))
+    done = fasttrain("analyse", "ranges", *folders)
+    assert done.status == 2 and f"diffusion.prediction of {folders[1]}" in done.err
+
+
 def test_fine_tuning_trains_on_its_range_alone_and_tells_what_becomes_of_all(run, tmp_path):
     how = ("--on", "1", "--steps", "10", "--learning-rate", "3e-3")
     found = analysed("finetune", run, *SMALL, *how, out=tmp_path)
@@ -108,6 +130,14 @@ def test_fine_tuning_trains_on_its_range_alone_and_tells_what_becomes_of_all(run
     expected = [after / before - 1 for after, before in zip(row["loss_after"], found["loss_before"], strict=True)]
     assert row["change"] == pytest.approx(expected)
     assert Image.open(tmp_path / "finetune-matrix.png").size[0] > 400
+
+
+def test_fine_tuning_is_at_a_constant_rate_and_momentum(tmp_path):
+    given = {"learning_rate": 1e-3, "momentum_decay": {"floor": 0.2, "steps": 20}, "warmup_steps": 5}
+    config = parse_config(plain_config(tmp_path, tmp_path, optimizer=given), "test")
+    args = argparse.Namespace(run=tmp_path, weights="ema", ranges=10, steps=7)
+    tuned = parse_config(plan(config, args, 3, 1e-4, tmp_path / "tuned"), "test").optimizer
+    assert (tuned.momentum_decay, tuned.decay, tuned.warmup_steps) == (None, "constant", 0)
 
 
 @pytest.mark.parametrize(

@@ -211,3 +211,24 @@ def test_the_command_writes_the_spectrum(runs, tmp_path):
     curve = found["density"]
     assert len(curve["at"]) == len(curve["density"]) and any(value is None for value in curve["density"])
     assert "more than --memory" in refused("hessian", runs[0], "--memory", "1e-6")
+
+
+@pytest.fixture(scope="module")
+def uncertain(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A run with a learned uncertainty."""
+    where = tmp_path_factory.mktemp("uncertain") / "run"
+    return trained(where, digits, model=TINY, diffusion={"schedule": {"name": "cosine", "num_timesteps": 50}, "uncertainty": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("interpolate", ("--points", 3)), ("hessian", ("--steps", 4, "--vectors", 1, "--top", 1))], ids=["line", "hessian"]
+)
+def test_a_learned_uncertainty_is_no_direction_and_no_part_of_the_loss_and_that_is_told(uncertain, tmp_path, name, how):
+    done = fasttrain("analyse", name, uncertain, "--samples", 16, "--batch", 16, *how, "--out", tmp_path)
+    assert done.status == 0, done.err
+    assert done.out.count("learned uncertainty") == 1
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    network = Trained.load(uncertain, "ema", torch.device("cpu")).network
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert found["parameters"] == trainable - network.get_parameter("uncertainty.weight").numel()
+    assert "left out" in found["loss"]["uncertainty"]

@@ -20,7 +20,8 @@ class Uncertainty(nn.Module):
     every other's. So what the weighting says of the levels' order is divided out as u learns it; what counts on is how often each is drawn.
 
     u = sum_k c_k cos(pi k p),  p = (ln(sigma / alpha) + 10) / 20 in [0, 1],  k = 0 .. 31;  c = 0 at the start, where L is the plain loss.
-    EDM2 has random frequencies and phases in their place.
+    EDM2 has random frequencies and phases in their place. It has no weight decay, and `optimizer.weight_decay` counts here as for every
+    weight: it pulls c towards 0, the plain loss, by (learning rate) x (weight decay) of itself a step, 3e-6 at the defaults.
 
     Args:
         schedule: of the run, which says what noise a timestep has.

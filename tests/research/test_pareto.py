@@ -32,8 +32,9 @@ def test_range_weights_are_means_over_each_timestep(schedule: str, weighting: st
     torch.testing.assert_close(range_weights(w, made, 10), each / each.sum(), rtol=1e-10, atol=0)
 
 
-def test_a_table_gives_its_own_weights_back() -> None:
-    weights, schedule = (1.0, 5.0, 0.0, 2.0), SCHEDULES.build("cosine")
+@pytest.mark.parametrize("spec", [*SCHEDULES.names(), {"name": "flow", "shift": 3}], ids=str)
+def test_a_table_gives_its_own_weights_back(spec: str) -> None:
+    weights, schedule = (1.0, 5.0, 0.0, 2.0), SCHEDULES.build(spec)
     assert range_weights(placed(Table(weights), schedule), schedule, 4).tolist() == pytest.approx([w / 8 for w in weights])
 
 

@@ -75,7 +75,7 @@ def plan(config: RunConfig, args: argparse.Namespace, number: int, rate: float, 
     raw = config.plain()
     raw |= {"run_dir": str(folder), "init_from": {"source": str(args.run), "weights": args.weights}}
     raw["diffusion"] |= {"timesteps": {"name": "window", "low": number / args.ranges, "high": (number + 1) / args.ranges}}
-    raw["optimizer"] |= {"learning_rate": rate, "warmup_steps": 0, "decay": "constant"}
+    raw["optimizer"] |= {"learning_rate": rate, "warmup_steps": 0, "decay": "constant", "momentum_decay": None}
     raw["training"] |= {"steps": args.steps}
     raw["checkpoint"] |= {"every": args.steps, "keep_every": None}
     raw["sampling"] |= {"every": None}

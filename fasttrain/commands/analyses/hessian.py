@@ -15,7 +15,7 @@ from torch import nn
 
 from fasttrain.building import build_network
 from fasttrain.charts import Line, Panel, line_chart
-from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landscape_arguments, fixed_losses, told
+from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landscape_arguments, fixed_losses, looked_at, told
 from fasttrain.commands.analyses.measuring import GIB, TIMEOUT_SECONDS
 from fasttrain.commands.analyses.output import folder_of, write
 from fasttrain.commands.generating import tell_passed_over
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         trained = Trained.load(args.run, args.weights, processes.device, args.checkpoint_step)
         config = plain(trained.config)
         network = twice_differentiable(trained, config)
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        parameters = list(looked_at(network).values())
         _check_memory(args, sum(parameter.numel() for parameter in parameters))
         if processes.is_main:
             tell_passed_over(trained)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fasttrain.charts import Line, Panel, line_chart
-from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landscape_arguments, fixed_losses, told
+from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landscape_arguments, fixed_losses, looked_at, told
 from fasttrain.commands.analyses.measuring import TIMEOUT_SECONDS
 from fasttrain.commands.analyses.output import folder_of, write
 from fasttrain.commands.analyses.ranges import labels
@@ -61,15 +61,15 @@ def profiles_of(network: nn.Module, ends: tuple[Weights, Weights], losses: dict[
     """The losses at these places between two sets of weights, by kind of images. A collective; changes the network's weights."""
     rows: dict[str, list[float]] = {kind: [] for kind in losses}
     for a in at:
-        network.load_state_dict(between(*ends, a), strict=False)  # what is not trained is the same at both ends
+        network.load_state_dict(between(*ends, a), strict=False)  # the loss knows nothing of the others
         for kind, loss in losses.items():
             rows[kind].append(loss.mean(network))
     return {kind: Profile(at, row) for kind, row in rows.items()}
 
 
 def weights_of(network: nn.Module) -> Weights:
-    """A copy of what is trained."""
-    return {name: parameter.detach().clone() for name, parameter in network.named_parameters() if parameter.requires_grad}
+    """A copy of what the loss is a function of."""
+    return {name: parameter.detach().clone() for name, parameter in looked_at(network).items()}
 
 
 def _ends(args: argparse.Namespace, processes: Processes) -> Ends:

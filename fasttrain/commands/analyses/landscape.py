@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fasttrain.commands.analyses.output import add_output_argument
 from fasttrain.config import RunConfig
 from fasttrain.dataset import open_data
@@ -21,7 +23,7 @@ TRAINING, HELD_OUT = "training", "held-out"
 
 def add_landscape_arguments(parser: argparse.ArgumentParser) -> None:
     """Run, weights and samples."""
-    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; it is only read")
+    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; what is found is written to its analysis/, or to --out")
     parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., raw, or untrained (default ema)")
     parser.add_argument("--samples", type=int, default=512, help="images with their noise and timesteps, always the same (default 512)")
     parser.add_argument("--batch", type=int, default=64, help="of them at once on each process (default 64)")
@@ -40,6 +42,8 @@ def fixed_losses(args: argparse.Namespace, config: RunConfig, processes: Process
             raise UserError(f"--{option} must be positive, got {getattr(args, option)}")
     if isinstance(config.diffusion.weighting, Pareto) and processes.is_main:
         print("weighting pareto changes during a run: every timestep counts alike here, as before its first solution")
+    if config.diffusion.uncertainty and processes.is_main:
+        print("the run divides its loss by a learned uncertainty: here it is the weighted loss alone, and the uncertainty stays as it is")
     data, losses = open_data(config), {}
     try:
         for kind in images:
@@ -49,6 +53,11 @@ def fixed_losses(args: argparse.Namespace, config: RunConfig, processes: Process
         for loss in losses.values():
             loss.close()
         data.close()
+
+
+def looked_at(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained weights that the loss is a function of, by name: all but those of a learned uncertainty."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad and not name.startswith("uncertainty.")}
 
 
 def told(args: argparse.Namespace, config: RunConfig, processes: Processes) -> dict[str, Any]:
@@ -61,6 +70,7 @@ def told(args: argparse.Namespace, config: RunConfig, processes: Processes) -> d
             "weighting": WEIGHTINGS.spec(diffusion.weighting),
             "timesteps": TIMESTEPS.spec(diffusion.timesteps),
             "label_drop": diffusion.label_drop,
+            "uncertainty": "left out, in the loss and among the weights" if diffusion.uncertainty else None,
         },
         "samples": args.samples,
         "seed": config.seed,

@@ -44,7 +44,7 @@ class Subject(NamedTuple):
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, samples: int = 512) -> None:
     """Run, weights, ranges and samples."""
-    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; it is only read")
+    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; what is found is written to its analysis/, or to --out")
     parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., raw, or untrained (default ema)")
     parser.add_argument("--ranges", type=int, default=10, help="equal ranges of timesteps (default 10)")
     parser.add_argument("--samples", type=int, default=samples, help=f"images with their noise for each range (default {samples})")

@@ -91,7 +91,12 @@ def weightings_of(config: RunConfig) -> dict[str, Weighting]:
 
 
 def _report(args: argparse.Namespace, config: RunConfig, solver: Ugd, gradients: dict[str, Any]) -> None:
-    gram = normalised(torch.tensor(gradients["gram"], dtype=torch.float64))
+    measured = torch.tensor(gradients["gram"], dtype=torch.float64)
+    if not measured.diagonal().sum() > 0:
+        raise UserError(
+            f"all gradients of {args.run} are 0 there, so no weighting is nearer to Pareto's optimum: choose another checkpoint"
+        )
+    gram = normalised(measured)
     shares = _shares(config, len(gram))
     by_lambda = [_solved(gram, shares, solver, given) for given in sorted(set(args.regularisations))]
     result = {

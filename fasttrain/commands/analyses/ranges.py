@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--show {strangers[0]}: the runs' ranges are {', '.join(names)}")
     curves = {name: _curves(folder, shown, args.average) for name, folder in zip(labels(args.run), args.run, strict=True)}
     result = {
-        "loss": f"mean squared error of {target}, unweighted",
+        "loss": f"mean squared error of {target['name']}, unweighted",
+        "prediction": target,
         "schedule": schedule,
         "averaged_reports": args.average,
         "runs": {run: _described(folder, curves[run]) for run, folder in zip(curves, args.run, strict=True)},
@@ -54,7 +55,7 @@ def labels(runs: Sequence[Path]) -> list[str]:
     raise UserError("the same run is given twice: give each once")
 
 
-def _common(runs: Sequence[Path]) -> tuple[str, dict[str, Any], list[str]]:
+def _common(runs: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What the runs share: the target, the schedule and the names of the ranges.
 
     Raises:
@@ -67,7 +68,7 @@ def _common(runs: Sequence[Path]) -> tuple[str, dict[str, Any], list[str]]:
         names = next((list(record["mse_by_timestep"]) for record in records(folder / "metrics.jsonl") if "mse_by_timestep" in record), None)
         if names is None:
             raise UserError(f"{folder} has reported no losses yet: let it train to its first report (log.every)")
-        found.append((PREDICTIONS.spec(config.diffusion.prediction)["name"], diffusion["schedule"], names))
+        found.append((PREDICTIONS.spec(config.diffusion.prediction), diffusion["schedule"], names))
     for folder, own in zip(runs, found, strict=True):
         for what, mine, first in zip(("diffusion.prediction", "diffusion.schedule", "log.timestep_ranges"), own, found[0], strict=True):
             if mine != first:
