@@ -1,5 +1,6 @@
 """What many tests share: prepared digits, made once a session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from tests.disks import disk  # noqa: F401 (a fixture)
 def _one_thread():
     """Two cores run several tests at once: more threads would only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user's own commands keep decides no test. A rank has the surroundings of its server, which starts with the first one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTTRAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def test_evaluate_scores_training_and_keeps_the_protocol(run, digits, tmp_path, 
         assert f"Frechet distance {scores[weights]['frechet_distance']:.4f}" in told
     assert scores["untrained"]["frechet_distance"] > 2 * scores["ema"]["frechet_distance"] > 0
     score, protocol = scores["ema"], scores["ema"]["protocol"]
-    assert (score["samples"], score["reference_samples"], score["features"]) == (300, 1797, {"name": "pixels"})
+    assert (score["samples"], score["reference_samples"], score["features"]) == (300, 1797, {"name": "pixels", "version": 1})
     assert protocol["weights"] == "ema of 1000 images" and protocol["checkpoint_step"] == STEPS and protocol["guidance"] == 1.0
     assert (
         protocol["sampler"] == {"name": "heun", "steps": 6, "sigma_max": 80.0, "rho": 7.0}

@@ -12,6 +12,7 @@ from fasttrain.errors import UserError
 from fasttrain.evaluation.features import Features, Images
 from fasttrain.evaluation.frechet import Gaussian, Moments
 
+Share = tuple[Moments | None, list[Tensor], int]  # what one process gives of a set: moments, vectors, images left out
 MOST_ROWS = 50_000  # whose vectors are kept for precision and recall, in fp32
 
 
@@ -23,11 +24,13 @@ class Statistics:
         gaussian: mean and covariance of the features; of unknown many vectors (None) where a file of statistics gave them.
         rows: [m, D] fp32, the vectors of at most MOST_ROWS of the images; None where there are no images.
         left_out: images that could not be read.
+        radii: [m] of the rows, see precision_recall.py; None where they are not known, or the rows too few.
     """
 
     gaussian: Gaussian
     rows: Tensor | None
     left_out: int = 0
+    radii: Tensor | None = None
 
 
 class Collector:
@@ -62,12 +65,12 @@ class Collector:
         self._moments.update(vectors)
         self._rows.append(vectors[torch.from_numpy(kept)].float())
 
-    def share(self) -> tuple[Moments | None, list[Tensor], int]:
-        """What `statistics` puts together: moments, vectors, images left out."""
+    def share(self) -> Share:
+        """What `statistics` puts together."""
         return self._moments, self._rows, self.left_out
 
 
-def statistics(what: str, shares: Iterable[tuple[Moments | None, list[Tensor], int]]) -> Statistics:
+def statistics(what: str, shares: Iterable[Share]) -> Statistics:
     """Of the whole set, from every process's share.
 
     Raises:

@@ -1,12 +1,15 @@
 """A score from what was collected of samples and of a reference."""
 
+from dataclasses import replace
+
 from fasttrain.engine.distributed import Processes
+from fasttrain.engine.together import on_main, together
 from fasttrain.errors import UserError
-from fasttrain.evaluation.collected import Collector, Statistics, statistics
+from fasttrain.evaluation.collected import Collector, Share, Statistics, statistics
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.frechet import frechet_distance
 from fasttrain.evaluation.kept import KeptStatistics
-from fasttrain.evaluation.precision_recall import K, precision_recall
+from fasttrain.evaluation.precision_recall import K, precision_recall, radii
 from fasttrain.evaluation.protocol import Protocol, Score
 from fasttrain.evaluation.reference import Reference
 
@@ -19,7 +22,7 @@ def score(samples: Statistics, reference: Statistics, features: Features, protoc
     """
     check_lengths(len(samples.gaussian.mean), reference, features, protocol.reference)
     enough = samples.rows is not None and reference.rows is not None and min(len(samples.rows), len(reference.rows)) > K
-    near = precision_recall(samples.rows, reference.rows) if enough else None  # type: ignore[arg-type]
+    near = precision_recall(samples.rows, reference.rows, reference_radii=reference.radii) if enough else None  # type: ignore[arg-type]
     assert samples.gaussian.vectors is not None
     return Score(
         frechet_distance=frechet_distance(samples.gaussian, reference.gaussian),
@@ -52,21 +55,29 @@ def reference_statistics(reference: Reference, features: Features, processes: Pr
         if found is not None and found.rows is not None and not found.left_out:
             _keep(kept, reference, features, processes, found)
     stated = reference.gaussian()
-    return found if found is None or stated is None else Statistics(stated, found.rows, found.left_out)
+    return found if found is None or stated is None else replace(found, gaussian=stated)
 
 
 def _computed(reference: Reference, features: Features, processes: Processes) -> Statistics | None:
     what = f"--reference {reference.name}"
     collector = Collector(what, features)
-    for part in reference.parts(processes.rank, processes.world_size):
-        collector.update(*part)
+
+    def collect() -> None:
+        for part in reference.parts(processes.rank, processes.world_size):
+            collector.update(*part)
+
+    together(processes, collect)
     shares = processes.gather_to_main(collector.share())
-    if not processes.is_main:
-        return None
+    return on_main(processes, lambda: _of(reference, what, shares))
+
+
+def _of(reference: Reference, what: str, shares: list[Share]) -> Statistics:
     stated = reference.gaussian()
     if stated is not None and all(moments is None for moments, _, _ in shares):
         return Statistics(stated, None)
-    return statistics(what, shares)
+    found = statistics(what, shares)
+    assert found.rows is not None
+    return replace(found, radii=radii(found.rows) if len(found.rows) > K else None)
 
 
 def _keep(kept: KeptStatistics, reference: Reference, features: Features, processes: Processes, found: Statistics) -> None:

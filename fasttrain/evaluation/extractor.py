@@ -1,6 +1,5 @@
 """Features from a classifier of the set's own classes: one safetensors file holds its weights and what is known of it."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.errors import UserError
 from fasttrain.evaluation.classifier import SMALLEST, Classifier, to_input
 from fasttrain.evaluation.features import FEATURES, Features, Images
-from fasttrain.files import digest, whole
+from fasttrain.evaluation.tensor_file import write_tensors
+from fasttrain.files import digest
 from fasttrain.registry import shown
 
 FORMAT = 1
+VERSION = 1  # of what the network computes of its weights and images
 BATCH = 256  # images at once: the features of one do not depend on the others
 _METADATA = "fasttrain_extractor"
 
@@ -78,18 +78,13 @@ class Extractor:
         return cls(network.to(device).eval(), record, digest(path))
 
     def save(self, path: Path) -> None:
-        """Writes one file, which appears whole or not at all."""
-        with whole(path) as draft:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()},
-                draft,
-                {_METADATA: json.dumps(self.record.model_dump(mode="json"))},
-            )
+        """Writes one file, which appears whole or not at all. Raises OSError where it cannot be written."""
+        write_tensors(path, self.network.state_dict(), _METADATA, self.record.model_dump(mode="json"))
 
     @property
     def told(self) -> Mapping[str, Any]:
         """Its record and its file's digest."""
-        return {"name": "extractor", "xxh3": self.xxh3, **self.record.model_dump(mode="json")}
+        return {"name": "extractor", "version": VERSION, "xxh3": self.xxh3, **self.record.model_dump(mode="json")}
 
     def __call__(self, images: Images) -> NDArray[np.float64]:
         """[n, D] float64, what the classifier sees of images [n, size, size, channels] before it decides."""

@@ -20,7 +20,10 @@ class Features(Protocol):
 
     @property
     def told(self) -> Mapping[str, Any]:
-        """What decides its numbers, with the digest of its file: a score keeps it."""
+        """What decides its numbers: its name, the `version` of its formula here, raised with every change of it, the digest of its file.
+
+        A score keeps it, and statistics that were kept are found by it.
+        """
 
     def __call__(self, images: Images) -> NDArray[np.float64]:
         """[n, D] float64 of images [n, H, W, C] uint8. Raises UserError for images that it cannot take."""
@@ -40,7 +43,7 @@ class Pixels:
 
     @property
     def told(self) -> Mapping[str, Any]:
-        return {"name": "pixels"}
+        return {"name": "pixels", "version": 1}
 
     def open(self, device: torch.device) -> Features:
         """These need no file and no device."""

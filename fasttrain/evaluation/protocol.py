@@ -16,7 +16,8 @@ NOT_INSTALLED = "not installed (run from a source tree)"
 
 def versions() -> dict[str, str]:
     """Versions of what decides the last digits of a score."""
-    return {"python": platform.python_version(), **{name: installed(name) or NOT_INSTALLED for name in ("fasttrain", "torch", "numpy")}}
+    packages = ("fasttrain", "torch", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: installed(name) or NOT_INSTALLED for name in packages}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,16 @@
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
@@ -83,28 +86,22 @@ class StatisticsFile:
     file does not say: only the length tells a wrong one.
 
     Raises:
-        UserError: no such file, or none of these.
+        UserError: no such file, or none of these; from `parts` too, where the images are damaged.
     """
 
     kind = "statistics"
 
     def __init__(self, path: Path):
         self.name, self._path = path.name, path
-        try:
+        with _damage_told(path):
             self.xxh3 = digest(path)
             # Never pickled objects: allow_pickle is off by default, and stated.
             with np.load(path, allow_pickle=False) as file:
-                self._mean, self._cov = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in ("mu", "sigma"))
+                self._mean, self._cov = (_real(key, file[key]) for key in ("mu", "sigma"))
             self._images = _image_header(path)
-        except (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"--reference {path}: not an npz of mu and sigma ({shown(str(error))}); name shards or ADM's statistics"
-            ) from None
         self.shape = None if self._images is None else self._images[1:]
-        if self._mean.dim() != 1 or self._cov.shape != (len(self._mean),) * 2:
-            raise UserError(f"--reference {path}: mu {list(self._mean.shape)} and sigma {list(self._cov.shape)} do not fit each other")
-        if not all(bool(part.isfinite().all()) for part in (self._mean, self._cov)) or not torch.allclose(self._cov, self._cov.T):
-            raise UserError(f"--reference {path}: mu and sigma must be finite, and sigma symmetric; fetch the file again")
+        if problem := _no_gaussian(self._mean, self._cov):
+            raise UserError(f"--reference {path}: {problem}; fetch the file again, or name shards")
 
     def gaussian(self) -> Gaussian | None:
         """What the file states; of how many images it does not say."""
@@ -116,15 +113,47 @@ class StatisticsFile:
             return
         count, *shape = self._images
         kept = chosen(count)
-        with zipfile.ZipFile(self._path) as archive, archive.open(_IMAGES) as file:
+        with _damage_told(self._path), zipfile.ZipFile(self._path) as archive, archive.open(_IMAGES) as file:
             _header(file)
             for number, ids in enumerate(_batches(count, math.prod(shape))):
-                images = np.frombuffer(file.read(len(ids) * math.prod(shape)), np.uint8).reshape(len(ids), *shape)
+                read = bytearray(file.read(len(ids) * math.prod(shape)))  # which may be written to, as torch asks of what it shares
+                images = np.frombuffer(read, np.uint8).reshape(len(ids), *shape)
                 if number % world_size == rank:
                     yield Part(images, kept[ids])
 
 
 _IMAGES = "arr_0.npy"
+_ROUNDING = 1e-6  # of the largest number, in statistics that were stored in fp32
+# All that numpy and zipfile meet in a damaged file: a RuntimeError is a flag that says "encrypted", or an unknown compression.
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGE as error:
+        raise UserError(f"--reference {path}: not an npz of mu and sigma ({shown(str(error))}); name shards or ADM's statistics") from None
+
+
+def _real(key: str, array: NDArray[Any]) -> Tensor:
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{key} must be real numbers, is {array.dtype}")
+    return torch.from_numpy(np.asarray(array, np.float64))
+
+
+def _no_gaussian(mean: Tensor, cov: Tensor) -> str | None:
+    """Why these are no mean and covariance; covariances of any rank are."""
+    if mean.dim() != 1 or not len(mean) or cov.shape != (len(mean),) * 2:
+        return f"mu {list(mean.shape)} and sigma {list(cov.shape)} do not fit each other"
+    if not all(bool(part.isfinite().all()) for part in (mean, cov)):
+        return "mu and sigma must be finite"
+    if bool((cov - cov.T).abs().max() > _ROUNDING * cov.abs().max()):
+        return "sigma must be symmetric"
+    values = torch.linalg.eigvalsh(cov)
+    if bool(values[0] < -_ROUNDING * values[-1]):
+        return f"sigma is no covariance: its eigenvalues, which are variances, begin at {float(values[0]):.3g}"
+    return None
 
 
 def _image_header(path: Path) -> tuple[int, int, int, int] | None:

@@ -81,7 +81,7 @@ class TorchScriptFile:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"{path}: not a TorchScript file ({shown(first)}); name one such as inception-2015-12-05.pt") from None
         arguments = {_FEATURES_WANTED: True} if _FEATURES_WANTED in names else {}
-        told = {"name": "torchscript", "file": path.name, "sha256": sha256, "xxh3": xxh3, "arguments": arguments}
+        told = {"name": "torchscript", "version": 1, "file": path.name, "sha256": sha256, "xxh3": xxh3, "arguments": arguments}
         return TorchScript(module, told, arguments, device)
 
 

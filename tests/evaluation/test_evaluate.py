@@ -75,7 +75,7 @@ def test_score_names_what_it_compared_and_is_saved_whole(digits: Images, tmp_pat
     found.save(tmp_path / "score.json")
     stored = json.loads((tmp_path / "score.json").read_text())
     assert stored["frechet_distance"] == found.frechet_distance and stored["precision"] == found.precision
-    assert (stored["samples"], stored["reference_samples"], stored["features"]) == (500, 1797, {"name": "pixels"})
+    assert (stored["samples"], stored["reference_samples"], stored["features"]) == (500, 1797, {"name": "pixels", "version": 1})
     assert stored["protocol"]["sampler"] == {"name": "heun", "steps": 18} and stored["protocol"]["versions"]["torch"]
     assert [p.name for p in tmp_path.iterdir()] == ["score.json"]
 

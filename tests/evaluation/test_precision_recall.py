@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.evaluation import precision_recall as module
-from fasttrain.evaluation.precision_recall import precision_recall
+from fasttrain.evaluation.precision_recall import precision_recall, radii
 
 
 def by_definition(points: Tensor, centres: Tensor, k: int) -> float:
@@ -45,7 +45,8 @@ def test_samples_that_copy_a_few_images_are_precise_and_recall_little() -> None:
 def test_equal_images_are_at_no_distance() -> None:
     """Nor at what rounding leaves: balls of no size would hold some of their equals and not others."""
     one = torch.randn(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert module._squared(one, one).diagonal().tolist() == [0.0] * 50
+    centred = module._Centred.of(one, one.mean(dim=0))
+    assert centred.squared(centred).diagonal().tolist() == [0.0] * 50
     assert precision_recall(one, one.repeat(4, 1)).precision == 1 and precision_recall(one + 1e-3, one.repeat(4, 1)).precision == 0
 
 
@@ -59,3 +60,20 @@ def test_too_few_vectors_or_other_lengths_are_refused() -> None:
         precision_recall(vectors(3, 0), vectors(10, 1))
     with pytest.raises(ValueError, match="different lengths: 3 and 2"):
         precision_recall(vectors(9, 0), vectors(10, 1)[:, :2])
+
+
+def test_radii_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, reference = vectors(40, 0, 1.0, 1.2), vectors(53, 1)
+    found, known, calls = precision_recall(samples, reference), radii(reference), []
+    monkeypatch.setattr(module, "radii", lambda rows, k: calls.append(len(rows)) or radii(rows, k))
+    assert precision_recall(samples, reference, reference_radii=known) == found and calls == [40]
+    assert precision_recall(samples, reference, reference_radii=known * 0)[0] == 0, "they are used"
+
+
+def test_no_array_of_distances_is_larger_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 1000)
+    sizes: list[int] = []
+    squared = module._Centred.squared
+    monkeypatch.setattr(module._Centred, "squared", lambda self, others: [found := squared(self, others), sizes.append(found.numel())][0])
+    precision_recall(vectors(300, 0), vectors(200, 1))
+    assert max(sizes) <= 1000 and sum(sizes) == 300 * 200 + 300**2 + 200**2, "each distance of two sets is computed once"

@@ -1,6 +1,8 @@
 """References: shards, statistics of others, and what is kept of them."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +10,15 @@ import torch
 
 from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
+from fasttrain.evaluation import protocol
 from fasttrain.evaluation import reference as module
 from fasttrain.evaluation.collected import Collector, Statistics, statistics
 from fasttrain.evaluation.features import Images, Pixels
 from fasttrain.evaluation.frechet import Gaussian
 from fasttrain.evaluation.kept import KeptStatistics
+from fasttrain.evaluation.precision_recall import radii
 from fasttrain.evaluation.reference import Reference, Shards, StatisticsFile
+from fasttrain.versions import installed
 
 CPU = torch.device("cpu")
 
@@ -68,7 +73,14 @@ def test_statistics_alone_have_no_images(tmp_path: Path):
         ({"mu": np.zeros(3)}, "not an npz of mu and sigma .*sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu \[3\] and sigma \[4, 4\] do not fit"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma symmetric"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma must be symmetric"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 1e-5], [0.0, 1.0]]) * 1e-9}, "sigma must be symmetric"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu \[0\] and sigma \[0, 0\] do not fit"),
+        ({"mu": np.zeros(2, complex), "sigma": np.eye(2)}, "mu must be real numbers, is complex128"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2, dtype=bool)}, "sigma must be real numbers, is bool"),
+        ({"mu": np.array(["1.0"]), "sigma": np.eye(1)}, "mu must be real numbers"),
+        ({"mu": np.zeros(2), "sigma": np.diag([1.0, -1e-3])}, "sigma is no covariance: its eigenvalues, .*begin at -0.001"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma is no covariance"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "arr_0": np.zeros((2, 4, 4, 3))}, "arr_0 must be uint8 images"),
         ({"mu": np.array([Path()], object), "sigma": np.eye(1)}, "not an npz of mu and sigma .*pickle"),
         ({"mu": np.array(["x"]), "sigma": np.eye(1)}, "not an npz of mu and sigma"),
@@ -77,6 +89,37 @@ def test_statistics_alone_have_no_images(tmp_path: Path):
 def test_another_npz_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], told: str):
     with pytest.raises(UserError, match=told):
         StatisticsFile(write(tmp_path / "s.npz", **arrays))
+
+
+def test_covariances_that_were_rounded_or_are_of_no_rank_are_taken(tmp_path: Path):
+    rows = np.random.default_rng(0).normal(size=(5, 30))
+    for sigma in (
+        np.cov(rows.T).astype(np.float32),
+        np.cov(rows.T).astype(np.float32) * 1e-12,
+        np.zeros((30, 30)),
+        np.eye(30, dtype=np.int64),
+    ):
+        StatisticsFile(write(tmp_path / "s.npz", mu=np.zeros(30, np.float32), sigma=sigma))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whatever_is_damaged_in_a_file_is_one_mistake(tmp_path: Path, save: Any):
+    save(tmp_path / "sound.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=images(3))
+    sound = (tmp_path / "sound.npz").read_bytes()
+    refused = 0
+    changes = [sound[:i] + bytes([sound[i] ^ 1 << bit]) + sound[i + 1 :] for i, bit in enumerate([0, 6] * (len(sound) // 2))]
+    for damaged in [*changes, *(sound[:i] for i in range(0, len(sound), 20))]:
+        (tmp_path / "s.npz").write_bytes(damaged)
+        try:
+            list(StatisticsFile(tmp_path / "s.npz").parts(0, 1))
+        except UserError as error:
+            refused += "not an npz of mu and sigma" in str(error)
+    assert refused > len(sound) / 2
+
+
+def test_images_may_be_written_to_by_features(tmp_path: Path):
+    reference = StatisticsFile(write(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=images()))
+    assert all(part.images.flags.writeable for part in reference.parts(0, 1))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK but no archive"])
@@ -105,9 +148,32 @@ def test_statistics_are_found_again_for_the_same_images_and_features_alone(digit
     assert torch.equal(found.gaussian.cov, computed.gaussian.cov) and torch.equal(found.rows, computed.rows)
     assert torch.equal(found.gaussian.mean, computed.gaussian.mean) and found.gaussian.vectors == 1797
     assert kept.find(reference, Halved(), CPU) is None and kept.find(reference, Pixels(), torch.device("cuda")) is None
+    assert computed.radii is None and found.radii is None
+    kept.keep(reference, Pixels(), CPU, replace(computed, radii=radii(computed.rows)))
+    found = kept.find(reference, Pixels(), CPU)
+    assert found is not None and found.radii is not None and torch.equal(found.radii, radii(computed.rows))
     other = StatisticsFile(write(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=images()))
     assert kept.find(other, Pixels(), CPU) is None
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class Changed(Pixels):
+    """The same features by another formula."""
+
+    @property
+    def told(self):
+        return {**super().told, "version": 2}
+
+
+def test_statistics_do_not_outlive_the_code_that_made_them(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reference, kept = Shards(ShardSet.open(digits)), KeptStatistics(tmp_path / "cache")
+    kept.keep(reference, Pixels(), CPU, of(reference))
+    assert kept.find(reference, Pixels(), CPU) is not None and kept.find(reference, Changed(), CPU) is None
+    for package in ("fasttrain", "torch", "numpy", "pillow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(protocol, "installed", lambda name, changed=package: "9.9" if name == changed else installed(name))
+            assert kept.find(reference, Pixels(), CPU) is None, package
+    assert kept.find(reference, Pixels(), CPU) is not None
 
 
 def test_damaged_statistics_are_not_believed(tmp_path: Path):

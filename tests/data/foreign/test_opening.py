@@ -17,7 +17,6 @@ from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
 from tests.labelled_images import SIDE, encoded, label_of, number_of, sample, told_apart, write_set, write_tar
 
-
 MIB = 1 << 20
 
 
