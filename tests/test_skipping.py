@@ -74,7 +74,7 @@ class Planted:
             "overflow": lambda x: x + math.inf,  # whose gradient is finite
             "gradient": _Exploding.apply,
         }[kind]
-        return loss._replace(loss=spoilt(loss.loss))
+        return loss._replace(loss=spoilt(loss.loss), weighted=spoilt(loss.weighted))
 
 
 def _held(trainer: Any) -> list[torch.Tensor]:
