@@ -89,6 +89,24 @@ def test_sample_writes_pictures_a_grid_and_an_array(run, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_folder_holds_the_last_call_s_samples_alone(run, tmp_path):
+    out = tmp_path / "out"
+    assert main(["sample", str(run), "--out", str(out), "--count", "12", *FAST]) == 0
+    for name in ("captions.txt", "mine.png", "12.png"):
+        (out / name).touch()
+    assert main(["sample", str(run), "--out", str(out), "--count", "5", *FAST]) == 0
+    kept = {"grid.png", "samples.npz", "mine.png", "12.png", *(f"{i:06d}.png" for i in range(5))}
+    assert {path.name for path in out.iterdir()} == kept
+
+
+def test_samples_of_a_step_have_a_folder_of_their_own(run, capsys):
+    for step in (80, 160):
+        assert main(["sample", str(run), "--checkpoint-step", str(step), "--count", "2", *FAST]) == 0
+        assert np.load(run / "samples" / f"ema-step-{step}" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
+    assert main(["sample", str(run), "--checkpoint-step", "80", "--weights", "untrained", "--count", "2", *FAST]) == 2
+    assert "--checkpoint-step: --weights untrained is the network before its first step" in capsys.readouterr().err
+
+
 def test_labels_and_seed_decide_the_samples(run, tmp_path):
     drawn = {}
     for name, more in {

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from fasttrain.cli import main
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
 from tests.commands import fasttrain
+from tests.disks import fill
 from tests.evaluation.test_torchscript import Inception, saved
 from tests.ranks import free_port, run_ranks
 from tests.runs import plain_config
@@ -105,10 +105,10 @@ def _pixels(digits: Path, folder: Path) -> list[Path]:
     return [folder / "pixels.npz"]
 
 
-def _evaluate(processes: Processes, arguments: list[str], port: int) -> int:
-    """The command on this rank, in a group of its own."""
+def _evaluate(processes: Processes, arguments: list[str], port: int, cache: str) -> int:
+    """The command on this rank, in a group of its own. Its surroundings are those of the server that forked it, so they are set here."""
     distributed.finish()
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ.update(MASTER_PORT=str(port), FASTTRAIN_CACHE=cache)
     return main(arguments)
 
 
@@ -119,8 +119,9 @@ def test_two_processes_find_the_score_of_one(made, digits, tmp_path):
     scores = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        os.environ["FASTTRAIN_CACHE"] = str(tmp_path / f"cache-{ranks}")
-        assert run_ranks(ranks, _evaluate, [*command, "--out", str(out)], free_port()) == [0] * ranks
+        cache = tmp_path / f"cache-{ranks}"
+        assert run_ranks(ranks, _evaluate, [*command, "--out", str(out)], free_port(), str(cache)) == [0] * ranks
+        assert len(list((cache / "statistics").iterdir())) == 2, "computed by these ranks, not found"
         scores.append({path.name: json.loads(path.read_text()) for path in sorted(out.iterdir())})
     one, two = scores
     assert sorted(one) == sorted(two) and len(one) == 2
@@ -154,7 +155,7 @@ def test_statistics_of_other_features_are_refused_before_sampling(made, tmp_path
     assert main([*command, "--size", "8"]) == 2 and "--size 8: " in capsys.readouterr().err
 
 
-def test_an_extractor_of_other_classes_counts_no_agreement(made, digits, tmp_path):
+def test_an_extractor_of_other_classes_counts_no_agreement(made, digits, tmp_path, capsys):
     from fasttrain.evaluation.extractor import Extractor
 
     one = Extractor.load(made / "x.safetensors")
@@ -162,6 +163,34 @@ def test_an_extractor_of_other_classes_counts_no_agreement(made, digits, tmp_pat
     Extractor(one.network, renamed).save(tmp_path / "y.safetensors")
     found = scored(made, digits, "--features", f"extractor={tmp_path / 'y.safetensors'}")["extractor"]
     assert found["agreement"] is None and found["features"]["classes"] == list("abcdefghij")
+    assert "agreement is not counted: the model is told 10 classes, of which its set names 10" in capsys.readouterr().out
+
+
+def test_a_model_of_more_classes_than_its_set_counts_no_agreement(made, digits, tmp_path, capsys):
+    config = plain_config(tmp_path / "run", digits, training={"steps": 1})
+    config["model"]["num_classes"] = 12
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert fasttrain("train", tmp_path / "run.yaml").status == 0
+    (tmp_path / "x.safetensors").write_bytes((made / "x.safetensors").read_bytes())
+    found = scored(tmp_path, digits, "--features", f"extractor={tmp_path / 'x.safetensors'}")["extractor"]
+    assert found["agreement"] is None and found["frechet_distance"] > 0
+    told = "agreement is not counted: the model is told 12 classes, of which its set names 10, and the extractor tells 10 of shards apart"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--checkpoint-steps", "x"], "--checkpoint-steps 'x': give steps as numbers"),
+        (["--checkpoint-steps", "1", "--weights", "untrained"], "--checkpoint-steps: --weights untrained is the network before its first"),
+        (["--checkpoint-steps", "all", "--weights", "untrained"], "--checkpoint-steps: --weights untrained is the network before"),
+        (["--out", "score.json"], "--out score.json: it names a folder for the scores"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_processes_meet(made, digits, capsys, monkeypatch, more, told):
+    monkeypatch.setattr(distributed, "joined", None)
+    assert main(["evaluate", str(made / "run"), "--reference", str(digits), *FAST, *more]) == 2
+    assert told in capsys.readouterr().err and not Path("score.json").exists()
 
 
 def test_an_extractor_is_asked_for_sensibly(digits, tmp_path, capsys):
@@ -170,4 +199,18 @@ def test_an_extractor_is_asked_for_sensibly(digits, tmp_path, capsys):
     assert "give at least one step" in capsys.readouterr().err and not out.exists()
     assert main(["evaluate", "train-extractor", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "no such folder of shards" in capsys.readouterr().err
-    assert torch.get_default_dtype() == torch.float32
+    assert main(["evaluate", "train-extractor", str(digits), "--out", str(tmp_path)]) == 2
+    assert "is a folder; give the name of a file" in capsys.readouterr().err
+
+
+def test_an_extractor_on_a_full_disk_is_told_before_training_and_after_it(digits, disk, capsys, monkeypatch):
+    folder = disk(1 << 20)
+    ballast = fill(folder, leave=0)
+    command = ["evaluate", "train-extractor", str(digits), "--out", str(folder / "x.safetensors"), "--steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fasttrain.commands.train_extractor.train_extractor", None)
+        assert main(command) == 2 and "No space left on device; make room or choose another file" in capsys.readouterr().err
+    ballast.unlink()
+    fill(folder, leave=1 << 14)  # enough for what is tried, and not for the extractor
+    assert main(command) == 2 and "cannot write there: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["ballast"]

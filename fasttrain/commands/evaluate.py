@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +16,10 @@ from fasttrain.commands.generating import (
     TIMEOUT_SECONDS,
     Drawing,
     add_generation_arguments,
+    check_steps,
     draw,
     guidance_of,
+    loaded,
     sampler_of,
     wishes_of,
 )
@@ -24,6 +28,7 @@ from fasttrain.data.remote.store import cache_folder, check_address
 from fasttrain.data.shards import ShardSet
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
+from fasttrain.engine.together import on_main, together
 from fasttrain.errors import UserError
 from fasttrain.evaluation import extractor, torchscript  # noqa: F401 (registered)
 from fasttrain.evaluation.agreement import Agreement
@@ -67,29 +72,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    given, folder = _steps(args), _folder(args)
     reference, choices = _reference(args), _choices(args.features)
     kept = KeptStatistics(cache_folder(DataConfig(train=args.reference)) / "statistics")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
-        opened = {name: choice.open(processes.device) for name, choice in choices.items()}
+        opened = together(processes, lambda: {name: choice.open(processes.device) for name, choice in choices.items()})
+        steps = processes.from_main(on_main(processes, lambda: steps_of(args.run) if given is None else given))
         ready: dict[str, Statistics | None] | None = None
-        for weights, step in processes.from_main(_asked(args) if processes.is_main else None):
-            trained = Trained.load(args.run, weights, processes.device, step)
+        for weights, step in _asked(args.weights, steps):
+            trained = loaded(args.run, weights, processes, step)
             drawing = draw(trained, args, processes, wishes_of(args))
             lengths = _lengths(reference, opened, drawing.shape)
             if ready is None:
                 ready = {name: reference_statistics(reference, features, processes, kept) for name, features in opened.items()}
                 _tell_left_out(reference, ready)
-            for name, theirs in ready.items():
-                if theirs is not None:
-                    check_lengths(lengths[name], theirs, opened[name], reference.name)
+            on_main(processes, partial(_check_lengths, lengths, ready, opened, reference.name))
+            on_main(processes, lambda: _make(folder))
             collected = _collected(args.count, trained, drawing, opened, processes)
-            if processes.is_main:
-                protocol = _protocol(args, trained, drawing, reference, processes.device)
-                for name, (ours, agreement) in collected.items():
-                    theirs = ready[name]
-                    assert theirs is not None
-                    found = dataclasses.replace(score(ours, theirs, opened[name], protocol), agreement=agreement)
-                    _write(args, weights, name, found)
+            protocol = _protocol(args, trained, drawing, reference, processes.device)
+            on_main(processes, partial(_write_all, folder, weights, collected, ready, opened, protocol))
+
+
+def _check_lengths(lengths: dict[str, int], ready: dict[str, Statistics | None], opened: dict[str, Features], reference: str) -> None:
+    for name, theirs in ready.items():
+        assert theirs is not None
+        check_lengths(lengths[name], theirs, opened[name], reference)
+
+
+def _write_all(
+    folder: Path,
+    weights: str,
+    collected: dict[str, "_Collected"],
+    ready: dict[str, Statistics | None],
+    opened: dict[str, Features],
+    protocol: Protocol,
+) -> None:
+    for name, (ours, agreement) in collected.items():
+        theirs = ready[name]
+        assert theirs is not None
+        found = dataclasses.replace(score(ours, theirs, opened[name], protocol), agreement=agreement)
+        _write(folder, weights, name, found)
 
 
 class _Collected(NamedTuple):
@@ -103,17 +125,26 @@ def _collected(count: int, trained: Trained, drawing: Drawing, opened: dict[str,
     """The samples, made once, as all features see them. A collective; empty but on rank 0."""
     collectors = {name: Collector("samples", features) for name, features in opened.items()}
     judge = _judge(trained, drawing, opened)
-    agreement = Agreement.none(len(judge.record.classes)) if judge else None
+    if processes.is_main:
+        _tell_no_judge(judge, trained, drawing, opened)
     kept = chosen(count)
-    for made in drawing.batches:
-        for collector in collectors.values():
-            collector.update(made.images, kept[made.numbers])
-        if judge and agreement:
-            assert made.labels is not None
-            agreement += Agreement.of(made.labels, judge.classify(made.images), len(judge.record.classes))
+
+    def collect() -> Agreement | None:
+        agreement = Agreement.none(len(judge.record.classes)) if judge else None
+        for made in drawing.batches:
+            for collector in collectors.values():
+                collector.update(made.images, kept[made.numbers])
+            if judge and agreement:
+                assert made.labels is not None
+                agreement += Agreement.of(made.labels, judge.classify(made.images), len(judge.record.classes))
+        return agreement
+
+    agreement = together(processes, collect)
     shares = processes.gather_to_main(({name: collector.share() for name, collector in collectors.items()}, agreement))
-    if not processes.is_main:
-        return {}
+    return on_main(processes, lambda: _of_all(shares, judge, opened)) or {}
+
+
+def _of_all(shares: list[Any], judge: Extractor | None, opened: dict[str, Features]) -> dict[str, _Collected]:
     told = sum((theirs for _, theirs in shares[1:]), shares[0][1]).told(judge.record.classes) if judge else None
     return {
         name: _Collected(statistics("samples", (share[name] for share, _ in shares)), told if features is judge else None)
@@ -122,24 +153,49 @@ def _collected(count: int, trained: Trained, drawing: Drawing, opened: dict[str,
 
 
 def _judge(trained: Trained, drawing: Drawing, opened: dict[str, Features]) -> Extractor | None:
-    """The extractor that knows the classes that the samples are asked to show, if one is among the features."""
-    extractors = [features for features in opened.values() if isinstance(features, Extractor)]
-    if not extractors or drawing.asked.prompts is not None or not trained.config.model.geometry()[2]:
+    """The extractor that knows the classes that the samples are asked to show, all of them, if one is among the features."""
+    found = _extractor(trained, drawing, opened)
+    classes, told = trained.index.classes, trained.config.model.geometry()[2]
+    return found if found and found.record.classes == tuple(classes) and len(classes) == told else None
+
+
+def _extractor(trained: Trained, drawing: Drawing, opened: dict[str, Features]) -> Extractor | None:
+    """The extractor among the features, where the samples are asked to show classes."""
+    if drawing.asked.prompts is not None or not trained.config.model.geometry()[2]:
         return None
-    return extractors[0] if extractors[0].record.classes == tuple(trained.index.classes) else None
+    return next((features for features in opened.values() if isinstance(features, Extractor)), None)
 
 
-def _asked(args: argparse.Namespace) -> list[tuple[str, int | None]]:
+def _tell_no_judge(judge: Extractor | None, trained: Trained, drawing: Drawing, opened: dict[str, Features]) -> None:
+    found = _extractor(trained, drawing, opened)
+    if found and not judge:
+        told = f"the model is told {trained.config.model.geometry()[2]} classes, of which its set names {len(trained.index.classes)}"
+        print(f"agreement is not counted: {told}, and the extractor tells {len(found.record.classes)} of {found.record.set} apart")
+
+
+def _asked(weights: Sequence[str], steps: Sequence[int]) -> list[tuple[str, int | None]]:
     """The weights and steps that are scored in turn; a network before its first step is scored once."""
-    steps: list[int | None] = [*steps_of(args.run)] if args.checkpoint_steps == ["all"] else [*map(_step, args.checkpoint_steps)]
-    trained = [(weights, step) for step in steps or [None] for weights in args.weights if weights != UNTRAINED]
-    return list(dict.fromkeys([*((weights, None) for weights in args.weights if weights == UNTRAINED), *trained]))
+    untrained: list[tuple[str, int | None]] = [(name, None) for name in weights if name == UNTRAINED]
+    chosen: list[int | None] = [*steps] or [None]
+    return list(dict.fromkeys([*untrained, *((name, step) for step in chosen for name in weights if name != UNTRAINED)]))
+
+
+def _steps(args: argparse.Namespace) -> list[int] | None:
+    """The steps that are asked for, none for the newest; None for all that there are."""
+    check_steps("--checkpoint-steps", args.weights, args.checkpoint_steps)
+    return None if args.checkpoint_steps == ["all"] else [*map(_step, args.checkpoint_steps)]
 
 
 def _step(given: str) -> int:
     if not given.isdecimal():
         raise UserError(f"--checkpoint-steps {shown(given)}: give steps as numbers, or `all` alone")
     return int(given)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    if args.out is not None and args.out.suffix == ".json":
+        raise UserError(f"--out {args.out}: it names a folder for the scores, a step-STEP-WEIGHTS-FEATURES.json each: give a folder's name")
+    return args.out or args.run / "scores"
 
 
 def _choices(given: Sequence[str]) -> dict[str, Any]:
@@ -193,15 +249,25 @@ def _protocol(args: argparse.Namespace, trained: Trained, drawing: Drawing, refe
     )
 
 
-def _write(args: argparse.Namespace, weights: str, features: str, found: Score) -> None:
-    folder = args.out or args.run / "scores"
-    step = found.protocol.checkpoint_step
-    out = folder / f"step-{step:08d}-{weights}-{features}.json"
-    try:
+def _make(folder: Path) -> None:
+    """Before anything is sampled."""
+    with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        found.save(out)
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--out {folder}: cannot write there: {error.strerror}; make room or choose another folder") from None
+
+
+def _write(folder: Path, weights: str, features: str, found: Score) -> None:
+    step = found.protocol.checkpoint_step
+    out = folder / f"step-{step:08d}-{weights}-{features}.json"
+    with _told(folder):
+        found.save(out)
     more = {"precision": found.precision, "recall": found.recall, "agreement": found.agreement and found.agreement["share"]}
     numbers = "".join(f", {name} {value:.3f}" for name, value in more.items() if value is not None)
     against = f"{found.reference_samples} reference images" if found.reference_samples else f"the statistics of {found.protocol.reference}"

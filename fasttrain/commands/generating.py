@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from fasttrain.data.index import VaeRecord
 from fasttrain.engine.distributed import Processes
+from fasttrain.engine.together import on_main, together
 from fasttrain.errors import UserError
 from fasttrain.generation import Wishes
 from fasttrain.plain_yaml import read_yaml
@@ -21,7 +22,7 @@ from fasttrain.sampling.asked import Asked
 from fasttrain.sampling.generate import Samples
 from fasttrain.sampling.guidance import Guidance, read_guidance
 from fasttrain.sampling.images import to_uint8
-from fasttrain.trained import Trained
+from fasttrain.trained import UNTRAINED, Trained
 
 TIMEOUT_SECONDS = 3600.0
 
@@ -149,6 +150,23 @@ def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wish
             raise UserError(f"--control {shown(name)}: given twice; give it once")
         controls[name] = numbers
     return Wishes(labels, prompts, args.text_encoder, args.text_encoder_revision, controls)
+
+
+def check_steps(option: str, weights: Sequence[str], steps: Sequence[object]) -> None:
+    """Raises UserError where steps are given that nothing has: a network before its first step alone."""
+    if steps and set(weights) == {UNTRAINED}:
+        raise UserError(f"{option}: --weights {UNTRAINED} is the network before its first step, of no checkpoint: leave one of them out")
+
+
+def loaded(run_dir: Path, weights: str, processes: Processes, step: int | None) -> Trained:
+    """The same weights on every rank: where no step is given, rank 0 chooses the newest sound checkpoint for all. A collective.
+
+    Raises:
+        UserError: see `Trained.load`; what one rank meets ends all.
+    """
+    chosen = on_main(processes, lambda: Trained.load(run_dir, weights, processes.device, step))
+    found = processes.from_main(chosen and chosen.step)
+    return together(processes, lambda: chosen or Trained.load(run_dir, weights, processes.device, found))
 
 
 def draw(trained: Trained, args: argparse.Namespace, processes: Processes, wishes: Wishes) -> Drawing:

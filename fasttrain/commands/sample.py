@@ -1,21 +1,24 @@
-"""`fasttrain sample RUN`: images from a run's weights, on one process or many."""
+"""`fasttrain sample RUN`: images from a run's weights, on one process or many.
+
+The folder holds the last call's samples: PNGs of higher numbers and captions that an earlier call left in it are removed at the end.
+"""
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
 
-from fasttrain.commands.generating import TIMEOUT_SECONDS, Made, add_generation_arguments, draw, wishes_of
+from fasttrain.commands.generating import TIMEOUT_SECONDS, Made, add_generation_arguments, check_steps, draw, loaded, wishes_of
 from fasttrain.engine import distributed
-from fasttrain.engine.distributed import Processes
+from fasttrain.engine.together import on_main
 from fasttrain.errors import UserError
 from fasttrain.files import write_whole
 from fasttrain.sampling.asked import Asked
-from fasttrain.sampling.images import Images, npz_stream, save_grid, save_pngs
-from fasttrain.trained import Trained
+from fasttrain.sampling.images import Images, npz_stream, remove_pngs, save_grid, save_pngs
 
 GRID_IMAGES = 100
 
@@ -25,40 +28,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="ema", help="ema, ema_1 ..., raw, or untrained (default ema)")
     parser.add_argument("--checkpoint-step", type=int, metavar="STEP", help="a kept checkpoint (default: the newest)")
     parser.add_argument(
-        "--out", type=Path, help="folder for the PNGs, the grid, samples.npz and captions.txt (default: RUN/samples/WEIGHTS)"
+        "--out",
+        type=Path,
+        help="folder for the PNGs, the grid, samples.npz and captions.txt, in place of what an earlier call left there "
+        "(default: RUN/samples/WEIGHTS, or WEIGHTS-step-STEP with --checkpoint-step)",
     )
     parser.add_argument("--labels", type=int, nargs="+", help="classes to draw, taken in turn (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:
-    with distributed.joined(TIMEOUT_SECONDS) as processes:
-        trained = Trained.load(args.run, args.weights, processes.device, args.checkpoint_step)
+    step = args.checkpoint_step
+    check_steps("--checkpoint-step", [args.weights], [] if step is None else [step])
+    out = args.out or args.run / "samples" / (args.weights if step is None else f"{args.weights}-step-{step}")
+    with distributed.joined(TIMEOUT_SECONDS) as processes, ExitStack() as opened:
+        trained = loaded(args.run, args.weights, processes, step)
         drawing = draw(trained, args, processes, wishes_of(args, args.labels))
-        out = args.out or args.run / "samples" / args.weights
         first = next(drawing.batches, None)  # before anything is written: what is asked for may be refused
         batches = chain([first], drawing.batches, repeat(None))  # a rank may have nothing in the last round
         rounds = -(-args.count // (args.batch * processes.world_size))
-        try:
-            with _files(out, drawing.asked, args.count) if processes.is_main else nullcontext(_nothing) as add:
-                for made in islice(batches, rounds):
-                    _together(made, add, processes)
-        except OSError as error:
-            raise UserError(_cannot(out, error)) from None
+        # What rank 0 cannot write ends all: nobody makes samples that nobody can keep.
+        add = on_main(processes, lambda: opened.enter_context(_files(out, drawing.asked, args.count)))
+        for made in islice(batches, rounds):
+            parts = [part for part in processes.gather_to_main(made) if part is not None]
+            on_main(processes, partial(_add, add, parts, out))
+        on_main(processes, opened.close)
         if processes.is_main:
             print(f"{args.count} samples: {out / 'grid.png'}, {out / 'samples.npz'}")
 
 
-def _together(made: Made | None, add: Callable[[Made], None], processes: Processes) -> None:
-    """Writes what all ranks made in a round; a disk that is full ends it on all of them. A collective."""
-    parts = [part for part in processes.gather_to_main(made) if part is not None]
-    problem: OSError | None = None
-    try:
-        if parts:
+def _add(add: Callable[[Made], None] | None, parts: list[Made], out: Path) -> None:
+    assert add is not None
+    if parts:
+        with _told(out):
             add(_in_order(parts))
-    except OSError as error:
-        problem = OSError(error.errno, error.strerror)
-    if problem := processes.from_main(problem):
-        raise problem
 
 
 def _in_order(parts: list[Made]) -> Made:
@@ -72,7 +74,7 @@ def _in_order(parts: list[Made]) -> Made:
 
 @contextmanager
 def _files(out: Path, asked: Asked, count: int) -> Iterator[Callable[[Made], None]]:
-    """A function that writes a batch of samples; the grid and the captions follow at the end."""
+    """A function that writes a batch of samples; the grid and the captions follow at the end. Raises UserError."""
     shown: list[Images] = []
 
     def add(made: Made) -> None:
@@ -80,16 +82,21 @@ def _files(out: Path, asked: Asked, count: int) -> Iterator[Callable[[Made], Non
         add_to_npz(made.images, made.labels)
         shown.append(made.images[: max(0, GRID_IMAGES - sum(map(len, shown)))])
 
-    with npz_stream(out / "samples.npz", count) as add_to_npz:
-        yield add
-    save_grid(out / "grid.png", np.concatenate(shown))
-    if asked.prompts is not None:
-        write_whole(out / "captions.txt", "".join(f"{asked.caption(number)}\n" for number in range(count)))
+    with _told(out):
+        with npz_stream(out / "samples.npz", count) as add_to_npz:
+            yield add
+        save_grid(out / "grid.png", np.concatenate(shown))
+        remove_pngs(out, count)
+        captions = out / "captions.txt"
+        if asked.prompts is None:
+            captions.unlink(missing_ok=True)
+        else:
+            write_whole(captions, "".join(f"{asked.caption(number)}\n" for number in range(count)))
 
 
-def _nothing(made: Made) -> None:
-    """What a rank writes that is not the main one."""
-
-
-def _cannot(out: Path, error: OSError) -> str:
-    return f"--out {out}: cannot write there: {error.strerror}; make room or choose another folder"
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another folder") from None

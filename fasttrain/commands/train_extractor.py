@@ -1,6 +1,9 @@
 """`fasttrain evaluate train-extractor SHARDS --out FILE`: a classifier of a set's images, whose features scores compare."""
 
 import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.steps < 1 or not 0 <= args.seed < 2**63:
         raise UserError(f"--steps {args.steps}, --seed {args.seed}: give at least one step, and a seed in [0, 2^63)")
     shards = ShardSet.open(args.shards, DataConfig(train=args.shards, size=args.size))
+    _try(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Progress() as progress:
         task = progress.add_task("training an extractor", total=args.steps)
@@ -37,12 +41,28 @@ def run(args: argparse.Namespace) -> None:
             device=device,
             progress=lambda step: progress.update(task, completed=step),
         )
-    try:
+    with _told(args.out):
         trained.save(args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there: {error.strerror}; make room or choose another file") from None
     record = trained.record
     print(
         f"an extractor of {len(record.classes)} classes tells {record.accuracy:.2%} of {record.held_out} held-out images right "
         f"(trained on {record.trained} others): {args.out}"
     )
+
+
+def _try(out: Path) -> None:
+    """Raises UserError, before the training, where its file cannot be written."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give the name of a file")
+    with _told(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out.parent) as probe:
+            probe.write(bytes(1 << 12))
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another file") from None

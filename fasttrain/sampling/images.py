@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ def save_pngs(folder: Path, numbers: Iterable[int], images: Images) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in zip(numbers, images, strict=True):
         write_whole(folder / f"{number:06d}.png", _png(image))
+
+
+def remove_pngs(folder: Path, count: int) -> None:
+    """Removes the images that `save_pngs` has named by sample numbers from `count` on: those of an earlier, larger call."""
+    for path in folder.glob("*.png"):
+        if re.fullmatch("[0-9]{6,}", path.stem) and int(path.stem) >= count:
+            path.unlink()
 
 
 @contextmanager
