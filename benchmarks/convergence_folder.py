@@ -87,8 +87,12 @@ class Folder:
 
     def begin_run(self, run: Run, preset: Preset) -> None:
         """Keeps what a run is made of, before its first step."""
-        if self.begun(run) is None:
+        if not self._holds(run):
             write_json(self.arm(run), {"config": preset.config_of(run).plain(), "commit": commit()})
+
+    def _holds(self, run: Run) -> bool:
+        """Whether anything of a run was made."""
+        return self.done(run).exists() or (self.run(run) / "checkpoints").exists()
 
     def _check_preset(self, wanted: Mapping[str, Any]) -> None:
         before = _read(self.root / "preset.json")
@@ -97,10 +101,12 @@ class Folder:
             raise UserError(f"{self.root} holds another comparison (it differs in {differing}): give another --work, or remove it")
 
     def _check_arm(self, run: Run, config: Mapping[str, Any]) -> None:
+        if not self._holds(run):
+            return
         begun = self.begun(run)
-        if begun is None and (self.done(run).exists() or self.run(run).exists()):
+        if begun is None:
             raise UserError(f"{self.root} does not tell the config of arm {run.group} {run.arm}: give another --work, or remove it")
-        if begun is not None and (change := _first_change(begun["config"], config)):
+        if change := _first_change(begun["config"], config):
             key, was, now = change
             raise UserError(
                 f"{self.root}: arm {run.group} {run.arm} was made with {key} {was}, and its config has {now} now: "

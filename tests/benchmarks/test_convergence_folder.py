@@ -53,19 +53,24 @@ def test_an_arm_whose_config_has_changed_is_refused_with_its_key(tmp_path, own_c
     folder.begin(preset())
     run = list(preset().runs())[1]
     changed(own_config, "optimizer", weight_decay=0.1)
+    folder.begin(preset())
+    folder.begin_run(run, preset())
+    changed(own_config, "optimizer", weight_decay=0.15)
     folder.begin(preset())  # nothing was made of it yet
     folder.begin_run(run, preset())
+    (folder.run(run) / "checkpoints").mkdir(parents=True)
     folder.begin(preset())
     # The same text of the preset, another config.
     changed(own_config, "optimizer", weight_decay=0.2)
-    with pytest.raises(UserError, match=r"arm x0 min_snr was made with optimizer\.weight_decay 0\.1, and its config has 0\.2 now"):
+    with pytest.raises(UserError, match=r"arm x0 min_snr was made with optimizer\.weight_decay 0\.15, and its config has 0\.2 now"):
         folder.begin(preset())
-    assert folder.begun(run)["commit"]
+    folder.begin_run(run, preset())
+    assert folder.begun(run)["config"]["optimizer"]["weight_decay"] == 0.15 and "commit" in folder.begun(run)
 
 
 def test_a_run_that_does_not_tell_its_config_is_refused(tmp_path, preset):
     folder = Folder(tmp_path)
-    folder.run(next(preset.runs())).mkdir(parents=True)
+    (folder.run(next(preset.runs())) / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="does not tell the config of arm x0 const"):
         folder.begin(preset)
 
