@@ -1,4 +1,7 @@
-"""Compiles recorded kernel launches for GPUs that are not here, specialised as a real launch would be, and reads what came out."""
+"""Compiles recorded kernel launches for GPUs that are not here, specialised as a real launch would be, and reads what came out.
+
+What ptxas tells comes through `knobs.nvidia.dump_ptxas_log`, which Triton 3.6 and 3.7 have alike: both print all that `ptxas -v` wrote.
+"""
 
 import functools
 import re
