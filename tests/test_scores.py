@@ -163,7 +163,7 @@ def test_an_extractor_of_other_classes_counts_no_agreement(made, digits, tmp_pat
     Extractor(one.network, renamed).save(tmp_path / "y.safetensors")
     found = scored(made, digits, "--features", f"extractor={tmp_path / 'y.safetensors'}")["extractor"]
     assert found["agreement"] is None and found["features"]["classes"] == list("abcdefghij")
-    assert "agreement is not counted: the model is told 10 classes, of which its set names 10" in capsys.readouterr().out
+    assert "agreement is not counted: the extractor tells 10 classes of shards apart, and they are not those" in capsys.readouterr().out
 
 
 def test_a_model_of_more_classes_than_its_set_counts_no_agreement(made, digits, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_a_model_of_more_classes_than_its_set_counts_no_agreement(made, digits, 
     (tmp_path / "x.safetensors").write_bytes((made / "x.safetensors").read_bytes())
     found = scored(tmp_path, digits, "--features", f"extractor={tmp_path / 'x.safetensors'}")["extractor"]
     assert found["agreement"] is None and found["frechet_distance"] > 0
-    told = "agreement is not counted: the model is told 12 classes, of which its set names 10, and the extractor tells 10 of shards apart"
+    told = "agreement is not counted: the extractor tells 10 classes of shards apart, and the model is told 12"
     assert told in capsys.readouterr().out
 
 

@@ -169,8 +169,9 @@ def _extractor(trained: Trained, drawing: Drawing, opened: dict[str, Features]) 
 def _tell_no_judge(judge: Extractor | None, trained: Trained, drawing: Drawing, opened: dict[str, Features]) -> None:
     found = _extractor(trained, drawing, opened)
     if found and not judge:
-        told = f"the model is told {trained.config.model.geometry()[2]} classes, of which its set names {len(trained.index.classes)}"
-        print(f"agreement is not counted: {told}, and the extractor tells {len(found.record.classes)} of {found.record.set} apart")
+        others, told = found.record.classes != tuple(trained.index.classes), trained.config.model.geometry()[2]
+        why = "they are not those of the run's set" if others else f"the model is told {told}"
+        print(f"agreement is not counted: the extractor tells {len(found.record.classes)} classes of {found.record.set} apart, and {why}")
 
 
 def _asked(weights: Sequence[str], steps: Sequence[int]) -> list[tuple[str, int | None]]:
