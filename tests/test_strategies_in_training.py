@@ -48,7 +48,7 @@ def _whole_and_resumed(processes: Processes, raw: dict[str, Any], stages: tuple[
     return whole, trace(processes, {**raw, "deepspeed": zero(stages[1])}, STEPS)
 
 
-@pytest.mark.parametrize("stages", [(3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("stages", [(3, 1), (2, 2), (0, 3)], ids=str)
 def test_all_of_them_train_under_every_zero_stage_and_go_on_from_a_checkpoint(stages: tuple[int, int], tmp_path: Path, digits: Path):
     raw = strategies(tmp_path / "run", digits, stages[0])
     whole, resumed = run_ranks(2, _whole_and_resumed, raw, stages)[0]

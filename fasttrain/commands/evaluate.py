@@ -2,8 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from fasttrain.checkpoint import steps_of
+from fasttrain.commands.destination import writing_to
 from fasttrain.commands.generating import (
     TIMEOUT_SECONDS,
     Drawing,
@@ -252,22 +252,14 @@ def _protocol(args: argparse.Namespace, trained: Trained, drawing: Drawing, refe
 
 def _make(folder: Path) -> None:
     """Before anything is sampled."""
-    with _told(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {error.strerror}; make room or choose another folder") from None
 
 
 def _write(folder: Path, weights: str, features: str, found: Score) -> None:
     step = found.protocol.checkpoint_step
     out = folder / f"step-{step:08d}-{weights}-{features}.json"
-    with _told(folder):
+    with writing_to(folder):
         found.save(out)
     more = {"precision": found.precision, "recall": found.recall, "agreement": found.agreement and found.agreement["share"]}
     numbers = "".join(f", {name} {value:.3f}" for name, value in more.items() if value is not None)

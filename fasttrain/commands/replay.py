@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fasttrain.commands.destination import writing_to
 from fasttrain.engine import distributed
-from fasttrain.errors import UserError
 from fasttrain.files import write_whole
 from fasttrain.lines import jsonable
 from fasttrain.replay import replay
@@ -55,8 +55,6 @@ def _largest(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
-    try:
+    with writing_to(out, "file"):
         write_whole(out, json.dumps(jsonable(report), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another file") from None
     print(f"the whole report: {out}")

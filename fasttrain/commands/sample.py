@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fasttrain.commands.destination import writing_to
 from fasttrain.commands.generating import TIMEOUT_SECONDS, Made, add_generation_arguments, check_steps, draw, loaded, wishes_of
 from fasttrain.engine import distributed
 from fasttrain.engine.together import on_main
-from fasttrain.errors import UserError
 from fasttrain.files import write_whole
 from fasttrain.sampling.asked import Asked
 from fasttrain.sampling.images import Images, npz_stream, remove_pngs, save_grid, save_pngs
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
 def _add(add: Callable[[Made], None] | None, parts: list[Made], out: Path) -> None:
     assert add is not None
     if parts:
-        with _told(out):
+        with writing_to(out):
             add(_in_order(parts))
 
 
@@ -82,7 +82,7 @@ def _files(out: Path, asked: Asked, count: int) -> Iterator[Callable[[Made], Non
         add_to_npz(made.images, made.labels)
         shown.append(made.images[: max(0, GRID_IMAGES - sum(map(len, shown)))])
 
-    with _told(out):
+    with writing_to(out):
         with npz_stream(out / "samples.npz", count) as add_to_npz:
             yield add
         save_grid(out / "grid.png", np.concatenate(shown))
@@ -92,11 +92,3 @@ def _files(out: Path, asked: Asked, count: int) -> Iterator[Callable[[Made], Non
             captions.unlink(missing_ok=True)
         else:
             write_whole(captions, "".join(f"{asked.caption(number)}\n" for number in range(count)))
-
-
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another folder") from None

@@ -2,13 +2,12 @@
 
 import argparse
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from fasttrain.commands.destination import writing_to
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.store import check_address
 from fasttrain.data.shards import ShardSet
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
             device=device,
             progress=lambda step: progress.update(task, completed=step),
         )
-    with _told(args.out):
+    with writing_to(args.out, "file"):
         trained.save(args.out)
     record = trained.record
     print(
@@ -54,15 +53,7 @@ def _try(out: Path) -> None:
     """Raises UserError, before the training, where its file cannot be written."""
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; give the name of a file")
-    with _told(out):
+    with writing_to(out, "file"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out.parent) as probe:
             probe.write(bytes(1 << 12))
-
-
-@contextmanager
-def _told(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror}; make room or choose another file") from None

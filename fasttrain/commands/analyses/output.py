@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fasttrain.errors import UserError
+from fasttrain.commands.destination import writing_to
 from fasttrain.files import write_whole
 from fasttrain.lines import jsonable
 
@@ -27,9 +27,7 @@ def write(folder: Path, name: str, result: dict[str, Any], draw: Callable[[Path]
         UserError: the folder cannot be written to.
     """
     numbers, picture = folder / f"{name}.json", folder / f"{name}.png"
-    try:
+    with writing_to(folder):
         write_whole(numbers, json.dumps(jsonable(result), indent=1) + "\n")
         draw(picture)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot write there: {error.strerror}; make room or choose another folder") from None
     print(f"{numbers}\n{picture}")
