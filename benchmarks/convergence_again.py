@@ -32,7 +32,7 @@ def judged_again(result: Mapping[str, Any]) -> dict[str, Any]:
         anew = {
             choice: {**group[choice], **analysis(preset, preset.groups[name], curves, result["batch"])} for choice, curves in found.items()
         }
-        groups[name] = {"hours": None, "grids": None, **group, **anew}
+        groups[name] = {"hours": None, "grids": None, "with_more_steps": None, **group, **anew}
     return {**result, "groups": groups}
 
 

@@ -7,6 +7,7 @@ WORK/arms/RUN.json        the whole config of a run as it was begun, and the cod
 WORK/runs/RUN             a training, until it is scored; removed then
 WORK/scores/RUN           what `fasttrain evaluate` wrote: a JSON file for each step and average, its whole protocol within
 WORK/noise/RUN/SEED       the same of one point with other seeds of the samples
+WORK/finely/RUN           the same of an arm's first run's last point with more steps of the sampler
 WORK/spent/RUN.jsonl      seconds of each command, however it ended; not of those that were killed with the harness
 WORK/spent/shared.jsonl   the same of what all runs need
 WORK/done/RUN.json        how a run ended: it is whole
@@ -45,6 +46,9 @@ class Folder:
 
     def noise(self, run: Run, seed: int) -> Path:
         return self.root / "noise" / run.name / str(seed)
+
+    def finely(self, run: Run) -> Path:
+        return self.root / "finely" / run.name
 
     def spent(self, run: Run | None) -> Path:
         return self.root / "spent" / f"{SHARED if run is None else run.name}.jsonl"

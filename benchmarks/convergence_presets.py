@@ -31,7 +31,8 @@ class Score(Section):
         features: what `fasttrain evaluate --features` takes; `extractor` alone is a classifier trained first, on the training set.
         reference: what it takes for `--reference`; null: the training set.
         weights: the averages (and `raw`) among which a point's score is the lowest. fixed: the one that is reported beside it.
-        count, batch, steps, guidance: samples of a score, samples at once, steps of Heun's sampler, scale of guidance.
+        count, batch, guidance: samples of a score, samples at once, scale of guidance.
+        sampler: its name and parameters, as `--sampler` takes them. steps: its steps; four times as many must change little (measured).
         noise_seeds: the first run's last score is taken again with so many other seeds of the samples.
     """
 
@@ -41,6 +42,7 @@ class Score(Section):
     fixed: str = "ema"
     count: int = Field(gt=1)
     batch: int = Field(default=250, gt=0)
+    sampler: tuple[str, ...] = Field(default=("dpm_solver",), min_length=1)
     steps: int = Field(gt=0)
     guidance: float = 1.0
     noise_seeds: int = Field(default=0, ge=0)

@@ -4,13 +4,14 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence_folder import Folder, scores_in
 from benchmarks.convergence_presets import Group, Preset, Run
 from benchmarks.convergence_statistics import Curve, Point, SpeedUp, images_to, mean_of, speed_up, thresholds_of
 from benchmarks.convergence_work import UNTRAINED
-from fasttrain.sampling.heun import edm_grid
+from fasttrain.sampling.spacing import MOST_NOISE
 
 BEST, FIXED = "best", "fixed"
 FASTER, SLOWER, UNDECIDED, OTHER_DIVERGED = "faster", "slower", "undecided", "the other diverged"
@@ -108,6 +109,7 @@ def _group(folder: Folder, preset: Preset, name: str) -> dict[str, Any] | None:
         "best_weights": {arm: [run.best_weights() for run in some] for arm, some in by_arm.items()},
         "hours": {arm: hours([c for seed in runs for c in folder.seconds(Run(name, arm, seed))]) for arm in group.arms},
         "grids": {arm: _grid(preset, Run(name, arm, 0)) for arm in group.arms},
+        "with_more_steps": {arm: _with_more_steps(folder, preset, Run(name, arm, 0)) for arm in group.arms},
     }
 
 
@@ -117,8 +119,20 @@ def _all_there(by_arm: Mapping[str, Scored | None]) -> dict[str, Scored]:
 
 def _grid(preset: Preset, run: Run) -> dict[str, float]:
     """Where the sampler begins and ends: the schedule's own, so that arms with other schedules are sampled on other grids."""
-    _, sigma = edm_grid(preset.config_of(run).diffusion.schedule, preset.score.steps)
-    return {"largest_sigma": sigma[0].item(), "smallest_sigma": sigma[-1].item()}
+    smallest, largest = preset.config_of(run).diffusion.schedule.edm_limits
+    return {"largest_sigma": min(largest, MOST_NOISE), "smallest_sigma": smallest}
+
+
+def _with_more_steps(folder: Folder, preset: Preset, run: Run) -> float | None:
+    """A run's last score with more steps of the sampler, over the score that counts: far from 1, scores judge the sampler."""
+    few, many = (_last(folder_of(run), preset) for folder_of in (folder.scores, folder.finely))
+    return many / few if few and many else None
+
+
+def _last(path: Path, preset: Preset) -> float | None:
+    """The last score with the fixed weights; None where it was not taken."""
+    found = scores_in(path).get(preset.steps, {}).get(preset.score.fixed)
+    return None if found is None else found["frechet_distance"]
 
 
 def analysis(preset: Preset, group: Group, curves: Curves, batch: int) -> dict[str, Any]:

@@ -33,8 +33,17 @@ def told(device: str, result: Result) -> str:
     floor = f"; noise of a score between seeds of the samples {noise['relative_deviation']:.1%}" if noise else ""
     return (
         f"{result['preset']['about']} ({device}; {seeds} seeds, Frechet distance in {score['features']}, {score['count']:,} samples, "
-        f"Heun {score['steps']}{floor}{grid_words(result)}):"
+        f"{' '.join(score['sampler'])} of {score['steps']} steps{floor}{more_steps_words(result)}{grid_words(result)}):"
     )
+
+
+def more_steps_words(result: Result) -> str:
+    """How far last scores move where the sampler takes more steps: what is within that is the sampler's doing."""
+    found = {f"{name} {arm}": by for name, group in result["groups"].items() for arm, by in (group["with_more_steps"] or {}).items() if by}
+    if not found:
+        return ""
+    least, most = (choice(found, key=lambda arm: found[arm]) for choice in (min, max))
+    return f"; with 4 times the sampler's steps last scores are {found[least]:.2f} ({least}) to {found[most]:.2f} ({most}) of these"
 
 
 def grid_words(result: Result) -> str:

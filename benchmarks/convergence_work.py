@@ -16,6 +16,7 @@ from fasttrain.errors import Status
 
 UNTRAINED = "untrained"
 FIRST_NOISE_SEED = 1000
+MORE_STEPS = 4  # times the sampler's steps: what a last score is with far less error of the sampler
 DONE, CUT, FAILED = "done", "cut", "failed"  # how a command ended
 
 
@@ -105,6 +106,8 @@ class Worker:
         self._score(run, device)
         if self._measures_noise(run) and not diverged:
             self._score_noise(run, device)
+        if run.seed == 0 and not diverged:
+            self._score_finely(run, device)
         return diverged
 
     def _train(self, run: Run, device: str) -> bool:
@@ -142,14 +145,21 @@ class Worker:
             if not scores_in(out):
                 self._evaluate(run, f"noise {seed}", device, out, seed, words)
 
+    def _score_finely(self, run: Run, device: str) -> None:
+        """The last score with `MORE_STEPS` times the steps: what of the score is the sampler's error and not the network's."""
+        out = self.folder.finely(run)
+        if not scores_in(out):
+            words = ("--weights", self.preset.score.fixed, "--checkpoint-steps", str(self.preset.steps))
+            self._evaluate(run, "more steps", device, out, run.seed, words, MORE_STEPS)
+
     def _measures_noise(self, run: Run) -> bool:
         group, baseline = next(iter(self.preset.groups.items()))
         return run == Run(group, baseline.baseline, 0)
 
-    def _evaluate(self, run: Run, what: str, device: str, out: Path, seed: int, words: Sequence[str]) -> None:
+    def _evaluate(self, run: Run, what: str, device: str, out: Path, seed: int, words: Sequence[str], times: int = 1) -> None:
         score = self.preset.score
-        how = {"--count": score.count, "--batch": score.batch, "--steps": score.steps, "--guidance": score.guidance, "--seed": seed}
-        given = [part for name, value in how.items() for part in (name, str(value))]
+        how = {"--count": score.count, "--batch": score.batch, "--steps": times * score.steps, "--guidance": score.guidance, "--seed": seed}
+        given = ["--sampler", *score.sampler, *(part for name, value in how.items() for part in (name, str(value)))]
         reference = ("--reference", score.reference or self.data, "--features", self.features, "--out", str(out.resolve()))
         self._command(run, what, device, "evaluate", str(self.folder.run(run).resolve()), *reference, *given, *words)
 

@@ -23,12 +23,15 @@ def trailing(schedule: Schedule, steps: int) -> Tensor:
 def log_snr(schedule: Schedule, steps: int) -> Tensor:
     """Even in lambda = log(alpha / sigma), down to the schedule's least noise   [Lu et al. 2022, "DPM-Solver", section 3.3].
 
-    The first is the last timestep, as in `trailing`; the others count from it or from `MOST_NOISE`, whichever is less noise. Fewer than
-    `steps` where neighbours round to one timestep.
+    The first is the last timestep or `MOST_NOISE`, whichever is less noise: a cosine schedule ends at sigma / alpha = 20,000, by which the
+    step from there would multiply the error of a network that predicts eps. A schedule that ends in noise alone begins there, as it was
+    trained to [Lin et al. 2023, section 3.3]. Fewer than `steps` where neighbours round to one timestep.
     """
     least, most = schedule.edm_limits
     sigmas = torch.linspace(math.log(min(most, MOST_NOISE)), math.log(least), steps, dtype=torch.float64).exp()
-    return torch.unique_consecutive(torch.cat([schedule.spaced(1), schedule.nearest(sigmas)[1:]]))
+    t, last = schedule.nearest(sigmas), schedule.spaced(1)
+    no_data = schedule.alpha_sigma(last)[0].item() == 0
+    return torch.unique_consecutive(torch.cat([last, t[1:]]) if no_data else t)
 
 
 SPACINGS: Mapping[str, Callable[[Schedule, int], Tensor]] = {"trailing": trailing, "log_snr": log_snr}

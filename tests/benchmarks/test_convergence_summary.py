@@ -190,7 +190,18 @@ def test_other_ends_of_the_samplers_grid_are_told(folder, preset):
     other = preset.model_copy(update={"groups": {"x0": preset.groups["x0"].model_copy(update={"arms": arms})}})
     result = {"preset": other.plain(), **summary(folder, other)}
     assert result["groups"]["x0"]["grids"]["fast"]["smallest_sigma"] == pytest.approx(0.002)
-    assert "80.2 to 0.0064, but 80 to 0.002 for x0 fast" in told("cpu", result)
+    assert "80 to 0.0064, but 80 to 0.002 for x0 fast" in told("cpu", result)
+
+
+def test_the_samplers_own_error_is_told(folder, preset):
+    runs = {run.arm: run for run in preset.runs() if run.seed == 0}
+    for arm, share in (("const", 0.05), ("fast", 0.5)):
+        last = scores_in(folder.scores(runs[arm]))[512]["ema_1"]["frechet_distance"]
+        write(folder.finely(runs[arm]), 512, "ema_1", share * last)
+    result = {"preset": preset.plain(), **summary(folder, preset)}
+    found = result["groups"]["x0"]["with_more_steps"]
+    assert found == {"const": pytest.approx(0.05), "fast": pytest.approx(0.5), "lost": None}
+    assert "4 times the sampler's steps last scores are 0.05 (x0 const) to 0.50 (x0 fast) of these" in told("cpu", result)
 
 
 def test_pairs_that_are_bounds_are_told():

@@ -19,10 +19,11 @@ class Written(Laboratory):
 
     def __init__(self, folder: Path, end: Callable[[str], None] = lambda about: None):
         super().__init__(folder, minutes=1)
-        self.end, self.asked = end, []
+        self.end, self.asked, self.words = end, [], []
 
     def command(self, *arguments, about, launcher=(), environment=None):
         self.asked.append((arguments[0], dict(environment or {})))
+        self.words.append(arguments)
         self.end(about)
         return Spent(2.0, 1.0)
 
@@ -43,7 +44,7 @@ def raising(error: Exception) -> Callable[[str], None]:
     ("error", "ended"), [(TimeIsUp("late", Spent(7.0, 3.0)), "cut"), (CommandFailed("gone", Spent(7.0, 3.0), 9), "failed"), (None, "done")]
 )
 def test_what_a_command_took_is_kept_however_it_ended(tmp_path, preset, error, ended):
-    folder, run = Folder(tmp_path), Run("x0", "const", 0)
+    folder, run = Folder(tmp_path), Run("x0", "const", 1)
     worker = Worker(folder, preset, Written(tmp_path, raising(error) if error else lambda about: None), devices=["0,1"])
     if error:
         with pytest.raises(type(error)):
@@ -63,7 +64,7 @@ def test_a_command_that_was_not_begun_leaves_no_line(tmp_path, preset):
 
 
 def test_commands_see_the_given_gpus_alone_and_without_any_none(tmp_path, preset):
-    lab, run = Written(tmp_path), Run("x0", "const", 0)
+    lab, run = Written(tmp_path), Run("x0", "const", 1)
     worker = Worker(Folder(tmp_path), preset, lab, devices=["2", "5"])
     worker.prepare()
     worker.do(run)
@@ -83,3 +84,14 @@ def test_a_training_left_by_a_kill_after_its_last_line_is_removed_when_it_is_see
     Worker(folder, preset, lab, keep_runs=keep).do(run)
     assert folder.run(run).exists() == keep and lab.asked == []
     assert json.loads(folder.done(run).read_text())["last_step"] == 96
+
+
+def test_the_first_run_of_each_arm_is_scored_with_more_steps_too(tmp_path, preset):
+    for seed, expected in ((0, ["4", "16"]), (1, ["4"])):
+        lab, run = Written(tmp_path / str(seed)), Run("x0", "min_snr", seed)
+        folder = Folder(tmp_path / str(seed))
+        (folder.run(run) / "checkpoints" / "step-00000096").mkdir(parents=True)
+        Worker(folder, preset, lab).do(run)
+        evaluations = [words for words in lab.words if words[0] == "evaluate"]
+        assert [words[words.index("--steps") + 1] for words in evaluations] == expected
+        assert all(words[words.index("--sampler") + 1] == "dpm_solver" for words in evaluations)
