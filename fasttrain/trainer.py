@@ -13,6 +13,7 @@ from fasttrain.choices import check_kernels, choose_attention, describe_kernels,
 from fasttrain.config import RunConfig
 from fasttrain.damage_report import DamageReport
 from fasttrain.dataset import open_data
+from fasttrain.diffusion.uncertainty import decay_groups
 from fasttrain.engine.activity import Activity
 from fasttrain.engine.agreement import Agreement, Decision
 from fasttrain.engine.checksum import differing
@@ -79,7 +80,7 @@ class Trainer:
         self.transfer = Transfer.of_new_run(config, self.index, trained_shapes(self.network), processes)
         offloaded = offloads(config.deepspeed_settings())
         update = choose_update(config.optimizer.implementation, config.kernels.of("adamw_ema"), processes.device, offloaded)
-        self.optimizer = config.optimizer.build((p for p in self.network.parameters() if p.requires_grad), update)
+        self.optimizer = config.optimizer.build(decay_groups(self.network), update)
         self.engine = build_engine(
             self.network,
             self.optimizer,

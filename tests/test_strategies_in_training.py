@@ -15,6 +15,7 @@ from fasttrain.config import parse_config
 from fasttrain.diffusion.curriculum import Curriculum
 from fasttrain.diffusion.timestep_weights import Table, placed
 from fasttrain.engine.distributed import Processes
+from fasttrain.engine.fragments import MASTER
 from fasttrain.errors import UserError
 from fasttrain.lengths import CURRICULUM, MOMENTUM, RATE, filled, lengths
 from fasttrain.run import read_run, write_folder
@@ -86,7 +87,30 @@ def test_open_lengths_are_those_of_the_run_and_the_rate_told_is_the_one_taken(tm
     left = [1 - k / (2 * STEPS) for k in range(STEPS)]
     betas = [max(0.2, 0.9 * r / (0.1 + 0.9 * r)) for r in left]
     assert rates[1:] == pytest.approx([1e-3 * 0.1 / (1 - beta) for beta in betas])
-    assert groups == [pytest.approx((rates[-1], betas[-1]))]
+    assert groups == [pytest.approx((rates[-1], betas[-1]))] * 2, "the network's weights, and the uncertainty's"
+
+
+def _decayed(processes: Processes, raw: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights after a step at which all masters were 1."""
+    trainer = start(processes, raw)
+    for fragment in trainer.state.fragments:
+        fragment.state[MASTER].fill_(1.0)
+    trainer.state.refresh_weights()
+    trainer.train_step()
+    trainer.loader.close()
+    return trainer.state.full(MASTER)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_weights_decay_and_a_learned_uncertainty_does_not(ranks: int, stage: int, tmp_path: Path, digits: Path):
+    """A step is at most the learning rate, and at 0.001 x 500 half of a weight decays."""
+    raw = strategies(tmp_path / "run", digits, stage)
+    raw["optimizer"] = {**raw["optimizer"], "learning_rate": 1e-3, "weight_decay": 500}
+    weights = run_ranks(ranks, _decayed, raw)[0]
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weight, torch.full_like(weight, 1.0 if name == "uncertainty.weight" else 0.5), rtol=0, atol=1.1e-3, msg=name
+        )
 
 
 def _planned(processes: Processes, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:

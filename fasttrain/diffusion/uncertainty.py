@@ -11,6 +11,7 @@ from fasttrain.diffusion.schedule import Schedule
 FREQUENCIES = 32
 # ln(sigma / alpha) that the features tell apart: all that the schedules here have but the last steps before pure noise.
 FURTHEST = 10.0
+_NAME = "uncertainty"
 
 
 class Uncertainty(nn.Module):
@@ -20,8 +21,8 @@ class Uncertainty(nn.Module):
     every other's. So what the weighting says of the levels' order is divided out as u learns it; what counts on is how often each is drawn.
 
     u = sum_k c_k cos(pi k p),  p = (ln(sigma / alpha) + 10) / 20 in [0, 1],  k = 0 .. 31;  c = 0 at the start, where L is the plain loss.
-    EDM2 has random frequencies and phases in their place. It has no weight decay, and `optimizer.weight_decay` counts here as for every
-    weight: it pulls c towards 0, the plain loss, by (learning rate) x (weight decay) of itself a step, 3e-6 at the defaults.
+    EDM2 has random frequencies and phases in their place. No weight decay acts on c (`decay_groups`), as none does in EDM2: it would pull
+    u towards 0, away from the loss.
 
     Args:
         schedule: of the run, which says what noise a timestep has.
@@ -45,9 +46,16 @@ def add_uncertainty(network: nn.Module, schedule: Schedule) -> None:
 
     A hook of the network's own call: it runs within the engine's, so that ZeRO 3 gathers the weights of both alike.
     """
-    network.add_module("uncertainty", Uncertainty(schedule))
+    network.add_module(_NAME, Uncertainty(schedule))
     network.register_forward_hook(_beside)
 
 
+def decay_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """What is trained, as an optimizer's parameter groups: the network's weights, and its uncertainty's, which do not decay."""
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    own = [trained.pop(name) for name in [*trained] if name.startswith(f"{_NAME}.")]
+    return [{"params": [*trained.values()]}, *([{"params": own, "weight_decay": 0.0}] if own else [])]
+
+
 def _beside(network: nn.Module, args: tuple[Any, ...], prediction: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    return (prediction, network.get_submodule("uncertainty")(args[1])) if network.training else prediction
+    return (prediction, network.get_submodule(_NAME)(args[1])) if network.training else prediction

@@ -84,8 +84,8 @@ class OptimizerConfig(BaseModel):
         done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
         return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))), "linear": max(0.0, 1 - done)}[self.decay]
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], update: Update | None = None) -> "AdamWEMA":
-        """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does.
+    def build(self, parameters: Iterable[torch.nn.Parameter | dict[str, Any]], update: Update | None = None) -> "AdamWEMA":
+        """The optimizer over these parameters; weight decay on every one, as the Min-SNR paper's code does, but where a group has its own.
 
         `update` is what `updates.choose_update` gives for `implementation`; by default our one pass.
 
