@@ -8,7 +8,8 @@ samples), its kept checkpoints are scored with `fasttrain evaluate` with each av
 it is not the average's length that is compared; the result with one fixed length stands beside it.
 
 What DIR holds is not computed again: whole trainings, checkpoints and scores; a training goes on from its last checkpoint. Killed, or out
-of `--minutes`, the same command goes on; the exit status says so: 75.
+of `--minutes`, the same command goes on; the exit status says so: 75. Comparisons of one data set may share DIR: what is the same run in
+both, whatever its arm is called, is made once.
 Thresholds are what every run of a group's baseline had reached at fractions of the budget, chosen before any other arm is looked at.
 A speed-up is the geometric mean over the seeds of (images of the baseline) / (images of the arm), with Student's t-interval (95 %); an
 interval holds for its own threshold, not for all at once. What was not reached is a bound; of bounds the interval's safe end alone is
@@ -44,18 +45,18 @@ CONTINUE = 75  # EX_TEMPFAIL: not a failure, the same command goes on
 FORGOTTEN = 600.0  # minutes that no `--minutes` means: more than any of these takes on two cores
 
 
-def compare(folder: Folder, preset: Preset, worker: Worker, workers: int) -> list[str]:
+def compare(worker: Worker, workers: int) -> list[str]:
     """Does what is left to do, so many runs at a time; what went wrong in runs, while all others were done.
 
     Raises:
         TimeIsUp: the next call goes on.
     """
-    folder.begin(preset)
+    worker.folder.begin()
     try:
         worker.prepare()
     except CommandFailed as error:
         return [str(error)]
-    told = side_by_side([partial(_done, worker, run) for run in preset.runs()], workers)
+    told = side_by_side([partial(_done, worker, run) for run in worker.folder.distinct()], workers)
     if late := next((outcome for outcome in told if isinstance(outcome, TimeIsUp)), None):
         raise late
     return [str(outcome) for outcome in told if outcome is not None]
@@ -77,7 +78,7 @@ def result_of(name: str, folder: Folder, preset: Preset, device: torch.device) -
         "name": name,
         "environment": environment(device),
         "preset": preset.plain(),
-        **summary(folder, preset),
+        **summary(folder),
     }
 
 
@@ -124,9 +125,9 @@ def _run(args: argparse.Namespace, preset: Preset) -> int:
     # A result names files and not the folders of this machine.
     named = preset.filled({name: Path(place).name for name, place in given.items()})
     with held(args.work):
-        folder = Folder(args.work)
-        worker = Worker(folder, whole, Laboratory(args.work, args.minutes), launcher, args.gpus, args.keep_runs)
-        status = _status(folder, whole, worker, len(args.gpus) or args.workers)
+        folder = Folder(args.work, whole)
+        worker = Worker(folder, Laboratory(args.work, args.minutes), launcher, args.gpus, args.keep_runs)
+        status = _status(worker, len(args.gpus) or args.workers)
         result = result_of(Path(args.preset).stem, folder, named, device)
         write_json(args.work / "result.json", result)
     show(result)
@@ -138,10 +139,10 @@ def _run(args: argparse.Namespace, preset: Preset) -> int:
     return status
 
 
-def _status(folder: Folder, preset: Preset, worker: Worker, workers: int) -> int:
+def _status(worker: Worker, workers: int) -> int:
     """Does the work, tells what went wrong, and with what the command ends."""
     try:
-        failed = compare(folder, preset, worker, workers)
+        failed = compare(worker, workers)
     except TimeIsUp as late:
         print(f"{late}; the same command goes on")
         return CONTINUE

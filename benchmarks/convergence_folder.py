@@ -1,16 +1,19 @@
-"""Where a comparison's trainings and scores lie: the folder from which it goes on after any end, and whose it is.
+"""Where trainings and scores lie: the folder from which a comparison goes on after any end, and which others may share.
+
+A run is known by what it is, not by its arm's name: KEY is a digest of its whole config, its points and how they are scored. So comparisons
+of one data set share what they have in common, an arm can be added, and a config that has changed is another run.
 
 WORK/lock                 held by the harness that works here
-WORK/preset.json          what is compared; another comparison is refused
+WORK/data.json            of which data; others are refused
 WORK/data, extractor.safetensors   made once
-WORK/arms/RUN.json        the whole config of a run as it was begun, and the code's commit; an arm that has become another is refused
-WORK/runs/RUN             a training, until it is scored; removed then
-WORK/scores/RUN           what `fasttrain evaluate` wrote: a JSON file for each step and average, its whole protocol within
-WORK/noise/RUN/SEED       the same of one point with other seeds of the samples
-WORK/finely/RUN           the same of an arm's first run's last point with more steps of the sampler
-WORK/spent/RUN.jsonl      seconds of each command, however it ended; not of those that were killed with the harness
+WORK/arms/KEY.json        what the digest is of, whose arm it was first, and the code's commit
+WORK/runs/KEY             a training, until it is scored; removed then
+WORK/scores/KEY           what `fasttrain evaluate` wrote: a JSON file for each step and average, its whole protocol within
+WORK/noise/KEY/SEED       the same of one point with other seeds of the samples
+WORK/finely/KEY           the same of an arm's first run's last point with more steps of the sampler
+WORK/spent/KEY.jsonl      seconds of each command, however it ended; not of those that were killed with the harness
 WORK/spent/shared.jsonl   the same of what all runs need
-WORK/done/RUN.json        how a run ended: it is whole
+WORK/done/KEY.json        how a run ended: it is whole
 """
 
 import fcntl
@@ -23,48 +26,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from benchmarks.convergence_presets import Preset, Run
 from benchmarks.environment import commit
 from benchmarks.whole_file import write_json
 from fasttrain.errors import UserError
 
 SCORED = re.compile(r"step-(?P<step>\d+)-(?P<weights>ema(?:_\d+)?|raw|untrained)-.*\.json")
-SHARED = "shared"  # what all runs need; no run has this name, since a run's ends with its seed
+SHARED = "shared"  # what all runs need; no key is a word
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a comparison's files lie."""
+    """Where the files of a comparison's runs lie."""
 
     root: Path
+    preset: Preset
 
     def run(self, run: Run) -> Path:
-        return self.root / "runs" / run.name
+        return self.root / "runs" / self._key(run)
 
     def scores(self, run: Run) -> Path:
-        return self.root / "scores" / run.name
+        return self.root / "scores" / self._key(run)
 
     def noise(self, run: Run, seed: int) -> Path:
-        return self.root / "noise" / run.name / str(seed)
+        return self.root / "noise" / self._key(run) / str(seed)
 
     def finely(self, run: Run) -> Path:
-        return self.root / "finely" / run.name
+        return self.root / "finely" / self._key(run)
 
     def spent(self, run: Run | None) -> Path:
-        return self.root / "spent" / f"{SHARED if run is None else run.name}.jsonl"
+        return self.root / "spent" / f"{SHARED if run is None else self._key(run)}.jsonl"
 
     def arm(self, run: Run) -> Path:
-        return self.root / "arms" / f"{run.name}.json"
+        return self.root / "arms" / f"{self._key(run)}.json"
 
     def done(self, run: Run) -> Path:
-        return self.root / "done" / f"{run.name}.json"
+        return self.root / "done" / f"{self._key(run)}.json"
 
     def ending(self, run: Run) -> dict[str, Any] | None:
         """How a run ended; None while it is not whole."""
         return _read(self.done(run))
 
     def begun(self, run: Run) -> dict[str, Any] | None:
-        """The config and the commit that a run was begun with; None before that."""
+        """What a run is, and the commit that it was begun with; None before that."""
         return _read(self.arm(run))
 
     def seconds(self, run: Run | None) -> list[dict[str, Any]]:
@@ -77,55 +83,31 @@ class Folder:
         with self.spent(run).open("a") as file:
             file.write(json.dumps(command) + "\n")
 
-    def begin(self, preset: Preset) -> None:
-        """Makes the folder this comparison's. Every arm's config is loaded, so that a mistake in one is told before any work.
+    def distinct(self) -> list[Run]:
+        """The comparison's runs, of equal ones the first."""
+        return list({self._key(run): run for run in reversed(list(self.preset.runs()))}.values())[::-1]
+
+    def begin(self) -> None:
+        """Makes the folder this data set's. Every arm's config is loaded, so that a mistake in one is told before any work.
 
         Raises:
-            UserError: it is another's, or an arm's config has changed since it was begun, or does not load.
+            UserError: it holds another's, or an arm's config does not load.
         """
-        self._check_preset(preset.plain())
-        configs = {run: preset.config_of(run).plain() for run in preset.runs()}
-        for run, config in configs.items():
-            self._check_arm(run, config)
-        write_json(self.root / "preset.json", preset.plain())
-
-    def begin_run(self, run: Run, preset: Preset) -> None:
-        """Keeps what a run is made of, before its first step."""
-        if not self._holds(run):
-            write_json(self.arm(run), {"config": preset.config_of(run).plain(), "commit": commit()})
-
-    def _holds(self, run: Run) -> bool:
-        """Whether anything of a run was made."""
-        return self.done(run).exists() or (self.run(run) / "checkpoints").exists()
-
-    def _check_preset(self, wanted: Mapping[str, Any]) -> None:
-        before = _read(self.root / "preset.json")
+        for run in self.preset.runs():
+            self.preset.config_of(run)
+        wanted, path = self.preset.data.model_dump(mode="json"), self.root / "data.json"
+        before = _read(path)
         if before is not None and before != wanted:
-            differing = ", ".join(key for key in wanted if before.get(key) != wanted[key])
-            raise UserError(f"{self.root} holds another comparison (it differs in {differing}): give another --work, or remove it")
+            raise UserError(f"{self.root} holds runs on other data ({json.dumps(before)}): give another --work, or remove it")
+        write_json(path, wanted)
 
-    def _check_arm(self, run: Run, config: Mapping[str, Any]) -> None:
-        if not self._holds(run):
-            return
-        begun = self.begun(run)
-        if begun is None:
-            raise UserError(f"{self.root} does not tell the config of arm {run.group} {run.arm}: give another --work, or remove it")
-        if change := _first_change(begun["config"], config):
-            key, was, now = change
-            raise UserError(
-                f"{self.root}: arm {run.group} {run.arm} was made with {key} {was}, and its config has {now} now: "
-                "give another --work, or the config as it was"
-            )
+    def begin_run(self, run: Run) -> None:
+        """Keeps what a run is, before its first step."""
+        if not self.arm(run).exists():
+            write_json(self.arm(run), {**run._asdict(), **self.preset.identity(run), "commit": commit()})
 
-
-def _first_change(was: Any, now: Any, path: str = "") -> tuple[str, str, str] | None:
-    """The first key in which two configs differ, and what each has there."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in {**was, **now}:
-            if change := _first_change(was.get(key), now.get(key), f"{path}.{key}" if path else key):
-                return change
-        return None
-    return None if was == now else (path, json.dumps(was), json.dumps(now))
+    def _key(self, run: Run) -> str:
+        return xxhash.xxh3_64_hexdigest(json.dumps(self.preset.identity(run), sort_keys=True).encode())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

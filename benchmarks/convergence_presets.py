@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a folder's name."""
+        """As what is printed of it begins."""
         return re.sub(r"[^\w.]+", "-", f"{self.group} {self.arm} {self.seed}")
 
 
@@ -125,8 +125,6 @@ class Preset(Section):
             raise ValueError(f"score.fixed {self.score.fixed!r} is none of score.weights: {', '.join(self.score.weights)}")
         if not all(0 < fraction <= 1 for fraction in self.thresholds):
             raise ValueError(f"thresholds are fractions of the budget, above 0 and up to 1, got {list(self.thresholds)}")
-        if len({run.name for run in self.runs()}) < len(list(self.runs())):
-            raise ValueError("groups: two arms would have one folder; names must differ in more than signs")
         return self
 
     def runs(self) -> Iterator[Run]:
@@ -157,6 +155,18 @@ class Preset(Section):
             return load_config(ROOT / self.config, self.overrides_of(run))
         except UserError as error:
             raise UserError(f"arm {run.group} {run.arm}: {error}") from None
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """All that decides a run's scores, as JSON holds it: its config, the points, and how these are scored."""
+        if run not in self._identities:
+            score = self.score.model_dump(mode="json", exclude={"fixed", "noise_seeds"})
+            self._identities[run] = {"config": self.config_of(run).plain(), "points": list(self.points), "score": score}
+        return self._identities[run]
+
+    @cached_property
+    def _identities(self) -> dict[Run, dict[str, Any]]:
+        """Loaded once: configs are read from files."""
+        return {}
 
     @cached_property
     def batch(self) -> int:

@@ -57,9 +57,9 @@ def _finite(score: float | None) -> float:
     return score if score is not None and math.isfinite(score) else math.inf
 
 
-def scored(folder: Folder, preset: Preset, run: Run) -> Scored | None:
+def scored(folder: Folder, run: Run) -> Scored | None:
     """A run's scores; None while it is not whole."""
-    ending = folder.ending(run)
+    ending, preset = folder.ending(run), folder.preset
     if ending is None:
         return None
     found = scores_in(folder.scores(run))
@@ -72,26 +72,28 @@ def scored(folder: Folder, preset: Preset, run: Run) -> Scored | None:
     return Scored(scores, None if untrained is None else untrained["frechet_distance"], ending["diverged"])
 
 
-def summary(folder: Folder, preset: Preset) -> dict[str, Any]:
+def summary(folder: Folder) -> dict[str, Any]:
     """Everything that is whole: seeds of which every arm of a group is done."""
-    groups = {name: group for name in preset.groups if (group := _group(folder, preset, name)) is not None}
-    runs = list(preset.runs())
+    preset = folder.preset
+    groups = {name: group for name in preset.groups if (group := _group(folder, name)) is not None}
+    runs = folder.distinct()
     done = [run for run in runs if folder.ending(run) is not None]
     return {
         "runs": len(runs),
         "runs_done": len(done),
         "batch": preset.batch,
         "groups": groups,
-        "noise": noise(folder, preset),
+        "noise": noise(folder),
         "protocol": _protocol(folder, done),
         "commits": _commits(folder, runs),
         **hours([command for run in (*runs, None) for command in folder.seconds(run)]),
     }
 
 
-def _group(folder: Folder, preset: Preset, name: str) -> dict[str, Any] | None:
+def _group(folder: Folder, name: str) -> dict[str, Any] | None:
+    preset = folder.preset
     group = preset.groups[name]
-    runs = {seed: {arm: scored(folder, preset, Run(name, arm, seed)) for arm in group.arms} for seed in range(preset.seeds)}
+    runs = {seed: {arm: scored(folder, Run(name, arm, seed)) for arm in group.arms} for seed in range(preset.seeds)}
     whole = {seed: _all_there(by_arm) for seed, by_arm in runs.items() if all(by_arm.values())}
     if not whole:
         return None
@@ -109,7 +111,7 @@ def _group(folder: Folder, preset: Preset, name: str) -> dict[str, Any] | None:
         "best_weights": {arm: [run.best_weights() for run in some] for arm, some in by_arm.items()},
         "hours": {arm: hours([c for seed in runs for c in folder.seconds(Run(name, arm, seed))]) for arm in group.arms},
         "grids": {arm: _grid(preset, Run(name, arm, 0)) for arm in group.arms},
-        "with_more_steps": {arm: _with_more_steps(folder, preset, Run(name, arm, 0)) for arm in group.arms},
+        "with_more_steps": {arm: _with_more_steps(folder, Run(name, arm, 0)) for arm in group.arms},
     }
 
 
@@ -123,9 +125,9 @@ def _grid(preset: Preset, run: Run) -> dict[str, float]:
     return {"largest_sigma": min(largest, MOST_NOISE), "smallest_sigma": smallest}
 
 
-def _with_more_steps(folder: Folder, preset: Preset, run: Run) -> float | None:
+def _with_more_steps(folder: Folder, run: Run) -> float | None:
     """A run's last score with more steps of the sampler, over the score that counts: far from 1, scores judge the sampler."""
-    few, many = (_last(folder_of(run), preset) for folder_of in (folder.scores, folder.finely))
+    few, many = (_last(folder_of(run), folder.preset) for folder_of in (folder.scores, folder.finely))
     return many / few if few and many else None
 
 
@@ -181,8 +183,9 @@ def verdict(up: SpeedUp, contender: Sequence[Curve], rival: Sequence[Curve]) -> 
     return FASTER if low > 1 else SLOWER if high < 1 else UNDECIDED
 
 
-def noise(folder: Folder, preset: Preset) -> dict[str, Any] | None:
+def noise(folder: Folder) -> dict[str, Any] | None:
     """How much a score moves when only the samples' seed changes: the floor below which no difference of two scores means anything."""
+    preset = folder.preset
     name, group = next(iter(preset.groups.items()))
     run = Run(name, group.baseline, 0)
     found = [

@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import Queue
 
 from benchmarks.convergence_folder import Folder, scores_in
-from benchmarks.convergence_presets import Preset, Run
+from benchmarks.convergence_presets import Run
 from benchmarks.environment import commit
 from benchmarks.miniature_runs import CommandFailed, Laboratory, NotDone, Spent, TimeIsUp
 from benchmarks.whole_file import write_json
@@ -33,13 +33,12 @@ class Worker:
     def __init__(
         self,
         folder: Folder,
-        preset: Preset,
         lab: Laboratory,
         launcher: Sequence[str] = (),
         devices: Sequence[str] = (),
         keep_runs: bool = False,
     ):
-        self.folder, self.preset, self.lab = folder, preset, lab
+        self.folder, self.preset, self.lab = folder, folder.preset, lab
         self.launcher, self.keep_runs = launcher, keep_runs
         self._all_devices = ",".join(devices)
         self._free: Queue[str] = Queue()
@@ -81,11 +80,11 @@ class Worker:
             CommandFailed: a command went wrong, but for a training that diverged.
         """
         if self.folder.ending(run) is None:
-            self.folder.begin_run(run, self.preset)
+            self.folder.begin_run(run)
             with self._device() as device:
                 diverged = self._train_and_score(run, device)
             last = max(steps_of(self.folder.run(run)), default=0)
-            write_json(self.folder.done(run), {**run._asdict(), "diverged": diverged, "last_step": last, "commit": commit()})
+            write_json(self.folder.done(run), {"diverged": diverged, "last_step": last, "commit": commit()})
         # Of a run that is whole too: a kill may have come between its last line and this one.
         if not self.keep_runs and self.folder.run(run).exists():
             shutil.rmtree(self.folder.run(run))

@@ -13,7 +13,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import convergence_tables, fault_tables, miniature_tables, plots, proof_tables, tables, targets, two_host_table
+from benchmarks import (
+    convergence_tables,
+    fault_tables,
+    miniature_tables,
+    plots,
+    proof_tables,
+    tables,
+    targets,
+    task_view_tables,
+    two_host_table,
+)
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -51,6 +61,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "size_control": miniature_tables.size_control,
     "text_to_image": miniature_tables.text_to_image,
     "resolution_transfer": miniature_tables.resolution_transfer,
+    "task-view": task_view_tables.task_view,
     **{f"convergence-{name}": partial(convergence_tables.convergence, name) for name in COMPARISONS},
 }
 PICTURES: dict[str, Callable[[plots.Result], str]] = {

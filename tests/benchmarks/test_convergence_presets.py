@@ -74,7 +74,6 @@ def test_an_arms_own_words_stand_behind_its_groups():
         ({"thresholds": [0.5, 2.0]}, "fractions of the budget"),
         ({"score": {"weights": ["ema"], "fixed": "raw", "count": 100, "steps": 4}}, "score.fixed 'raw'"),
         ({"groups": {"x0": {"baseline": "cnst", "contender": "a", "arms": {"a": []}}}}, "baseline 'cnst' is none of the arms: a"),
-        ({"groups": {"x0": {"baseline": "a b", "contender": "a,b", "arms": {"a b": [], "a,b": []}}}}, "one folder"),
     ],
 )
 def test_mistakes_are_told(tmp_path, changes, told):
@@ -91,9 +90,9 @@ def test_a_mistake_in_an_arm_names_it():
 
 def test_edm_arms_know_the_digits_deviation():
     pixels = load_digits().images / 8 - 1
-    preset = read_preset("strategies")
+    preset = read_preset("recipe")
     for arm in ("edm weighting", "EDM", "EDM, min_snr"):
-        diffusion = preset.config_of(Run("strategies", arm, 0)).diffusion
+        diffusion = preset.config_of(Run("recipe", arm, 0)).diffusion
         told = [part.sigma_data for part in (diffusion.weighting, diffusion.prediction) if hasattr(part, "sigma_data")]
         assert len(told) == (1 if arm == "edm weighting" else 2) and told == pytest.approx([pixels.std()] * len(told), rel=0.01)
 

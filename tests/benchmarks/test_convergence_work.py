@@ -44,8 +44,8 @@ def raising(error: Exception) -> Callable[[str], None]:
     ("error", "ended"), [(TimeIsUp("late", Spent(7.0, 3.0)), "cut"), (CommandFailed("gone", Spent(7.0, 3.0), 9), "failed"), (None, "done")]
 )
 def test_what_a_command_took_is_kept_however_it_ended(tmp_path, preset, error, ended):
-    folder, run = Folder(tmp_path), Run("x0", "const", 1)
-    worker = Worker(folder, preset, Written(tmp_path, raising(error) if error else lambda about: None), devices=["0,1"])
+    folder, run = Folder(tmp_path, preset), Run("x0", "const", 1)
+    worker = Worker(folder, Written(tmp_path, raising(error) if error else lambda about: None), devices=["0,1"])
     if error:
         with pytest.raises(type(error)):
             worker.do(run)
@@ -59,29 +59,29 @@ def test_what_a_command_took_is_kept_however_it_ended(tmp_path, preset, error, e
 
 def test_a_command_that_was_not_begun_leaves_no_line(tmp_path, preset):
     with pytest.raises(TimeIsUp):
-        Worker(Folder(tmp_path), preset, Written(tmp_path, raising(TimeIsUp("late", Spent(0.0, 0.0))))).prepare()
-    assert Folder(tmp_path).seconds(None) == []
+        Worker(Folder(tmp_path, preset), Written(tmp_path, raising(TimeIsUp("late", Spent(0.0, 0.0))))).prepare()
+    assert Folder(tmp_path, preset).seconds(None) == []
 
 
 def test_commands_see_the_given_gpus_alone_and_without_any_none(tmp_path, preset):
     lab, run = Written(tmp_path), Run("x0", "const", 1)
-    worker = Worker(Folder(tmp_path), preset, lab, devices=["2", "5"])
+    worker = Worker(Folder(tmp_path, preset), lab, devices=["2", "5"])
     worker.prepare()
     worker.do(run)
     seen = [(command, environment["CUDA_VISIBLE_DEVICES"]) for command, environment in lab.asked]
     assert seen == [("prepare", "2,5"), ("evaluate", "2,5"), ("train", "2")]
-    assert [c["what"] for c in Folder(tmp_path).seconds(None)] == ["prepare", "train the extractor"]
+    assert [c["what"] for c in Folder(tmp_path, preset).seconds(None)] == ["prepare", "train the extractor"]
     lab = Written(tmp_path / "cpu")
-    Worker(Folder(tmp_path / "cpu"), preset, lab).prepare()
+    Worker(Folder(tmp_path / "cpu", preset), lab).prepare()
     assert {environment["CUDA_VISIBLE_DEVICES"] for _, environment in lab.asked} == {""}
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_training_left_by_a_kill_after_its_last_line_is_removed_when_it_is_seen(tmp_path, preset, keep):
-    folder, run, lab = Folder(tmp_path), Run("x0", "const", 0), Written(tmp_path)
-    write_json(folder.done(run), {**run._asdict(), "diverged": False, "last_step": 96, "commit": None})
+    folder, run, lab = Folder(tmp_path, preset), Run("x0", "const", 0), Written(tmp_path)
+    write_json(folder.done(run), {"diverged": False, "last_step": 96, "commit": None})
     write_json(folder.run(run) / "config.json", {})
-    Worker(folder, preset, lab, keep_runs=keep).do(run)
+    Worker(folder, lab, keep_runs=keep).do(run)
     assert folder.run(run).exists() == keep and lab.asked == []
     assert json.loads(folder.done(run).read_text())["last_step"] == 96
 
@@ -89,9 +89,9 @@ def test_a_training_left_by_a_kill_after_its_last_line_is_removed_when_it_is_see
 def test_the_first_run_of_each_arm_is_scored_with_more_steps_too(tmp_path, preset):
     for seed, expected in ((0, ["4", "16"]), (1, ["4"])):
         lab, run = Written(tmp_path / str(seed)), Run("x0", "min_snr", seed)
-        folder = Folder(tmp_path / str(seed))
+        folder = Folder(tmp_path / str(seed), preset)
         (folder.run(run) / "checkpoints" / "step-00000096").mkdir(parents=True)
-        Worker(folder, preset, lab).do(run)
+        Worker(folder, lab).do(run)
         evaluations = [words for words in lab.words if words[0] == "evaluate"]
         assert [words[words.index("--steps") + 1] for words in evaluations] == expected
         assert all(words[words.index("--sampler") + 1] == "dpm_solver" for words in evaluations)
