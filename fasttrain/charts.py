@@ -55,12 +55,24 @@ class Panel:
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix [R][C] with names for its rows and columns; colours diverge around 0, values that are not finite stay white."""
+    """A matrix [R][C] with names for its rows and columns; values that are not finite stay white.
+
+    Colours diverge around 0: red above it, blue below. With `from_least` they run from white, at the least value, to red: for values whose
+    sign says nothing.
+    """
 
     title: str
     values: Sequence[Sequence[float]]
     rows: Sequence[str]
     columns: Sequence[str]
+    from_least: bool = False
+
+    def shares(self) -> list[list[float]]:
+        """How far each value goes towards a whole colour, -1 to 1; NaN where it is not finite."""
+        shown = [value for row in self.values for value in row if math.isfinite(value)]
+        low = min(shown, default=0.0) if self.from_least else 0.0
+        most = max((abs(value - low) for value in shown), default=0.0) or 1.0
+        return [[(value - low) / most if math.isfinite(value) else math.nan for value in row] for row in self.values]
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ def line_chart(path: Path, title: str, panels: Sequence[Panel], columns: int = 2
 
 
 def heat_chart(path: Path, title: str, heats: Sequence[Heat]) -> None:
-    """Writes the matrices, one below another, each coloured by its own largest absolute value."""
+    """Writes the matrices, one below another, each coloured by its own values."""
     width = max((LABELS + CELL * len(heat.columns) + 20 for heat in heats), default=LABELS)
     picture = Image.new("RGB", (max(width, 480), HEAD + sum(map(_heat_height, heats))), PAPER)
     pen, top = ImageDraw.Draw(picture), HEAD
@@ -174,7 +186,7 @@ def _pieces(points: Sequence[Point | None]) -> list[list[Point]]:
 
 def _heat(pen: ImageDraw.ImageDraw, heat: Heat, top: int) -> None:
     pen.text((20, top + 4), heat.title, INK, _font(14))
-    most = max((abs(value) for row in heat.values for value in row if math.isfinite(value)), default=0.0) or 1.0
+    shares = heat.shares()
     top += 2 * LEGEND_ROW
     for column, name in enumerate(heat.columns):
         pen.text((LABELS + CELL * (column + 0.5), top - 4), _cut(name, CELL), INK, _font(10), anchor="ms")
@@ -183,7 +195,7 @@ def _heat(pen: ImageDraw.ImageDraw, heat: Heat, top: int) -> None:
         pen.text((LABELS - 8, y + CELL / 4), _cut(name, LABELS - 20), INK, _font(11), anchor="rm")
         for column, value in enumerate(values):
             x = LABELS + CELL * column
-            pen.rectangle((x, y, x + CELL - 1, y + CELL / 2 - 1), _shade(value / most))
+            pen.rectangle((x, y, x + CELL - 1, y + CELL / 2 - 1), _shade(shares[row][column]))
             pen.text((x + CELL / 2, y + CELL / 4), _number(value), INK, _font(10), anchor="mm")
 
 

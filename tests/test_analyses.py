@@ -68,8 +68,17 @@ def test_gradients_and_the_weightings_against_them(run, tmp_path):
         assert {"ugd", "const", "snr", "min_snr", "max_snr"} <= row["weightings"].keys()
         assert min(value["times_least"] for value in row["weightings"].values()) > 1 - 1e-9
         assert row["weightings"]["ugd"]["times_least"] < 1.1
+        square = _without_noise(compared, row["lambda"])
+        assert row["weightings"]["const"]["without_noise"] == pytest.approx(square, abs=1e-9)
     held_out = analysed("pareto", run, *SMALL, "--images", "held-out", "--weights", "untrained", out=tmp_path / "held-out")
     assert held_out["checkpoint_step"] == 0 and held_out["gram"] != found["gram"]
+
+
+def _without_noise(found: dict[str, Any], regularisation: float) -> float:
+    """Equation 11 of equal weights from the products of independent halves alone, in units of the mean squared gradient."""
+    gram, shares = torch.tensor(found["gram"], dtype=torch.float64), torch.tensor(found["noise_shares"], dtype=torch.float64)
+    between = gram - torch.diag(gram.diagonal() * shares)
+    return float(between.mean() / gram.diagonal().mean()) + regularisation / len(gram)
 
 
 def test_gradients_of_another_run_are_refused(run, tmp_path):
@@ -79,7 +88,7 @@ def test_gradients_of_another_run_are_refused(run, tmp_path):
 
 
 def test_gradients_of_zeros_are_refused_in_one_line(run, tmp_path):
-    zeros = {"run": "run", "ranges": 2, "names": ["0-499", "500-999"], "gram": [[0, 0], [0, 0]]}
+    zeros = {"run": "run", "ranges": 2, "names": ["0-499", "500-999"], "gram": [[0, 0], [0, 0]], "noise_shares": [0, 0]}
     (tmp_path / "gradients.json").write_text(json.dumps(zeros))
     done = fasttrain("analyse", "pareto", run, "--gradients", tmp_path / "gradients.json")
     assert done.status == 2 and "all gradients of" in done.err and "Traceback" not in done.err
@@ -147,6 +156,7 @@ def test_fine_tuning_is_at_a_constant_rate_and_momentum(tmp_path):
         (("gradients", "--samples", "7"), "odd number"),
         (("gradients", "--memory", "0"), "--memory must be positive"),
         (("pareto", "--lambda", "-1"), "--lambda must not be negative"),
+        (("pareto", "--weights", "untrained", "--checkpoint-step", "20"), "of no checkpoint"),
         (("pareto", "--ugd-steps", "0"), "--ugd-steps"),
         (("instability", "--repeats", "1"), "2 repeats or more"),
         (("ranges", "--show", "1-2"), "the runs' ranges are 0-249"),

@@ -59,3 +59,10 @@ def test_heat_is_red_above_zero_blue_below_and_white_without_a_value(tmp_path):
     heat_chart(tmp_path / "heat.png", "t", [Heat("h", [[1.0, -2.0], [math.nan, 0.0]], ["r1", "r2"], ["c1", "c2"])])
     # Of the largest absolute value, -2: half a red, a whole blue.
     assert len(_coloured(tmp_path / "heat.png", "#ff9f9f")) > 500 and len(_coloured(tmp_path / "heat.png", "#4040ff")) > 500
+
+
+def test_heat_from_the_least_value_is_white_there(tmp_path):
+    heat_chart(tmp_path / "heat.png", "t", [Heat("h", [[20.0, 22.0], [math.nan, 24.0]], ["r1", "r2"], ["c1", "c2"], from_least=True)])
+    assert Heat("h", [[20.0, 22.0, 24.0]], ["r"], ["a", "b", "c"], from_least=True).shares() == [[0.0, 0.5, 1.0]]
+    assert Heat("h", [[7.0]], ["r"], ["a"], from_least=True).shares() == [[0.0]]
+    assert len(_coloured(tmp_path / "heat.png", "#ff9f9f")) > 500 and len(_coloured(tmp_path / "heat.png", "#ff4040")) > 500

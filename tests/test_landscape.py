@@ -79,6 +79,7 @@ def test_what_cannot_be_compared_is_refused(runs):
     assert "adds noise on its way" in refused("consistency", *runs, "--sampler", "ddim", "eta=0.5")
     assert "at least 20" in refused("consistency", *runs, "--count", 10)
     assert "a multiple of 3" in refused("consistency", *runs, "--count", 20, "--labels", 1, 2, 3)
+    assert "of no checkpoint" in refused("consistency", *runs, "--weights", "untrained", "--checkpoint-steps", 10)
     assert "one model alone" in refused("consistency", runs[0])
     kind = Kind((1, 8, 8), (8, 8, 1), ("a", "b"), {"classes": 2}, None)
     for change in ({"noise": (4, 8, 8)}, {"image": (64, 64, 3)}, {"classes": ()}, {"asked": {"captions": 2}}, {"vae": "other"}):

@@ -1,6 +1,7 @@
 """What one of several processes meets while it samples or scores ends all of them, is told once, and leaves no traceback."""
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
@@ -112,8 +113,19 @@ def _second_knows_no_newest(rank: int) -> None:
     fasttrain.trained.newest_sound = newest_sound if rank == 0 else refuse  # type: ignore[attr-defined]
 
 
-def test_rank_0_chooses_the_checkpoint_for_all(run, tmp_path):
-    arguments = ["sample", str(run), "--count", "16", *FAST, "--out", str(tmp_path / "out")]
+CHOOSING = {
+    "sample": ("sample", "RUN", "--count", "16", *FAST),
+    "consistency": ("analyse", "consistency", "RUN", "COPY", "--count", "20", *FAST),
+    "gradients": ("analyse", "gradients", "RUN", "--ranges", "2", "--samples", "8"),
+}
+
+
+@pytest.mark.parametrize("words", CHOOSING.values(), ids=CHOOSING)
+def test_rank_0_chooses_the_checkpoint_for_all(run, tmp_path, words):
+    places = {"RUN": str(run), "COPY": str(tmp_path / "copy")}
+    if "COPY" in words:
+        shutil.copytree(run, tmp_path / "copy")
+    arguments = [*(places.get(word, word) for word in words), "--out", str(tmp_path / "out")]
     done = run_ranks(2, _command, arguments, free_port(), str(tmp_path / "cache"), _second_knows_no_newest)
     assert [status for status, _ in done] == [0, 0]
 

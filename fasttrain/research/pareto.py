@@ -55,11 +55,13 @@ def _within(low: float, high: float, schedule: Schedule) -> Tensor:
     return low + (high - low) * (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
 
-def compare(gram: Tensor, shares: Mapping[str, Tensor], best: Tensor, regularisation: float) -> dict[str, dict[str, float]]:
-    """Each weighting's objective, how many times the least one it is, and the distance of its weights from the best ones.
+def compare(gram: Tensor, noise: Tensor, shares: Mapping[str, Tensor], best: Tensor, regularisation: float) -> dict[str, dict[str, float]]:
+    """Each weighting's objective, how many times the least one it is, the distance of its weights from the best ones; and the first anew
+    without what noise adds to it, which few samples can even make negative.
 
     Args:
         gram: [K, K] float64.
+        noise: [K], what of its diagonal is noise.
         shares: [K] by name.
         best: weights [K] at which the objective is least.
     """
@@ -69,6 +71,7 @@ def compare(gram: Tensor, shares: Mapping[str, Tensor], best: Tensor, regularisa
             "objective": (value := objective(gram, share, regularisation)),
             "times_least": value / least if least > 0 else float("inf"),
             "distance": float((share / share.sum() - best).abs().sum()) / 2,
+            "without_noise": objective(gram - noise.diag(), share, regularisation),
         }
         for name, share in shares.items()
     }

@@ -40,9 +40,11 @@ def test_a_table_gives_its_own_weights_back(spec: str) -> None:
 
 def test_comparison_against_the_optimum() -> None:
     best = least_norm(regularised(GRAM, 0.1)).weights
-    found = compare(GRAM, {"best": best, "equal": torch.ones(2, dtype=torch.float64)}, best, 0.1)
+    noise = torch.tensor([0.4, 0.0], dtype=torch.float64)
+    found = compare(GRAM, noise, {"best": best, "equal": torch.ones(2, dtype=torch.float64)}, best, 0.1)
     assert found["best"]["times_least"] == pytest.approx(1) and found["best"]["distance"] == pytest.approx(0)
     assert found["equal"]["times_least"] > 1 and found["equal"]["distance"] == pytest.approx(float((best - 0.5).abs().max()))
+    assert found["equal"]["without_noise"] == pytest.approx(found["equal"]["objective"] - 0.4 / 4)
 
 
 @pytest.mark.parametrize("given", [-0.1, float("nan"), float("inf")])

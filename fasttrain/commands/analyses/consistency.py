@@ -15,7 +15,16 @@ from torch import Tensor
 from fasttrain.charts import Heat, heat_chart
 from fasttrain.commands.analyses.output import add_output_argument, folder_of, write
 from fasttrain.commands.analyses.ranges import labels
-from fasttrain.commands.generating import TIMEOUT_SECONDS, Drawing, add_generation_arguments, draw, sampler_of, wishes_of
+from fasttrain.commands.generating import (
+    TIMEOUT_SECONDS,
+    Drawing,
+    add_generation_arguments,
+    check_steps,
+    draw,
+    loaded,
+    sampler_of,
+    wishes_of,
+)
 from fasttrain.cond import Cond
 from fasttrain.diffusion.prediction import Prediction
 from fasttrain.diffusion.schedule import Schedule
@@ -52,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_steps("--checkpoint-steps", [args.weights], args.checkpoint_steps or [])
     steps: list[int | None] = list(dict.fromkeys(args.checkpoint_steps or [None]))
     models = [(name, folder, step) for name, folder in zip(labels(args.run), args.run, strict=True) for step in steps]
     if len(models) < 2:
@@ -60,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         kinds: list[Kind] = []
         images: list[Images] = []
         for _, folder, step in models:
-            trained = Trained.load(folder, args.weights, processes.device, step)
+            trained = loaded(folder, args.weights, processes, step)
             drawing, period = _drawing(trained, args, processes)
             kinds.append(_kind(trained, drawing))
             _check_comparable(args.run[0], kinds[0], folder, kinds[-1])
@@ -182,7 +192,7 @@ def _draw(path: Path, result: dict[str, Any], images: list[Images]) -> None:
     for part, title in titles.items():
         values = [[mean["value"] for mean in row] for row in result[part]]
         blank = [[math.nan if i == j and part != "control" else value for j, value in enumerate(row)] for i, row in enumerate(values)]
-        heats.append(Heat(title, blank, names, names))
+        heats.append(Heat(title, blank, names, names, from_least=part != "gain"))
     heat_chart(path, f"Consistency: {result['samples']} images, {result['sampler']}", heats)
     columns = min(SHOWN, result["samples"])
     strip = np.concatenate([made[:columns] for made in images])  # a row for each model, in the order of `models`

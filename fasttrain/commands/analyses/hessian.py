@@ -18,7 +18,7 @@ from fasttrain.charts import Line, Panel, line_chart
 from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landscape_arguments, fixed_losses, looked_at, told
 from fasttrain.commands.analyses.measuring import GIB, TIMEOUT_SECONDS
 from fasttrain.commands.analyses.output import folder_of, write
-from fasttrain.commands.generating import tell_passed_over
+from fasttrain.commands.generating import check_steps, loaded, tell_passed_over
 from fasttrain.config import RunConfig
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     _check(args)
     with distributed.joined(TIMEOUT_SECONDS) as processes:
-        trained = Trained.load(args.run, args.weights, processes.device, args.checkpoint_step)
+        trained = loaded(args.run, args.weights, processes, args.checkpoint_step)
         config = plain(trained.config)
         network = twice_differentiable(trained, config)
         parameters = list(looked_at(network).values())
@@ -142,6 +142,7 @@ def _curve(spectra: list[Spectrum], share: float, size: int) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_steps("--checkpoint-step", [args.weights], [] if args.checkpoint_step is None else [args.checkpoint_step])
     for option in ("steps", "vectors", "top"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} must be positive, got {getattr(args, option)}")

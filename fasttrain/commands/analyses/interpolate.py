@@ -12,6 +12,7 @@ from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landsc
 from fasttrain.commands.analyses.measuring import TIMEOUT_SECONDS
 from fasttrain.commands.analyses.output import folder_of, write
 from fasttrain.commands.analyses.ranges import labels
+from fasttrain.commands.generating import loaded, tell_passed_over
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--weights untrained: give --from untrained instead, and with --weights what it is compared with")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
         ends = _ends(args, processes)
+        if processes.is_main:
+            for end in ends[:2]:
+                tell_passed_over(end)
         config = ends.first.config
         images = [TRAINING, *([HELD_OUT] if config.data.held_out else [])]
         weights = weights_of(ends.first.network), weights_of(ends.second.network)
@@ -74,25 +78,25 @@ def weights_of(network: nn.Module) -> Weights:
 
 def _ends(args: argparse.Namespace, processes: Processes) -> Ends:
     if args.other is None:
-        start, end = _loaded(args, args.start or UNTRAINED, processes), _loaded(args, args.end, processes)
+        start, end = _end(args, args.start or UNTRAINED, processes), _end(args, args.end, processes)
         if start.step == end.step:
             raise UserError(f"--from and --to are both step {end.step}: there is no line between them")
         return Ends(start, end, (_name(start), _name(end)))
     if args.start is not None or args.end is not None:
         raise UserError("--other compares the newest checkpoints of two runs: leave out --from and --to")
     names = labels([args.run, args.other])
-    found = [Trained.load(place, args.weights, processes.device) for place in (args.run, args.other)]
+    found = [loaded(place, args.weights, processes, None) for place in (args.run, args.other)]
     _check_same_network(*found)
     return Ends(found[0], found[1], (f"{names[0]}, {_name(found[0])}", f"{names[1]}, {_name(found[1])}"))
 
 
-def _loaded(args: argparse.Namespace, step: str | None, processes: Processes) -> Trained:
-    """The run's weights at `untrained`, at a step's number, or (None) the newest."""
+def _end(args: argparse.Namespace, step: str | None, processes: Processes) -> Trained:
+    """The run's weights at `untrained`, at a step's number, or (None) the newest. A collective."""
     if step == UNTRAINED:
-        return Trained.load(args.run, UNTRAINED, processes.device)
+        return loaded(args.run, UNTRAINED, processes, None)
     if step is not None and not (step.isascii() and step.isdigit()):
         raise UserError(f"--from, --to {step}: give the step of a kept checkpoint, or {UNTRAINED}")
-    return Trained.load(args.run, args.weights, processes.device, None if step is None else int(step))
+    return loaded(args.run, args.weights, processes, None if step is None else int(step))
 
 
 def _check_same_network(first: Trained, second: Trained) -> None:

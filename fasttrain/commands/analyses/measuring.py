@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fasttrain.commands.analyses.output import add_output_argument
+from fasttrain.commands.generating import check_steps, loaded, tell_passed_over
 from fasttrain.dataset import open_data
 from fasttrain.diffusion.timestep_weights import MOST_RANGES
 from fasttrain.engine.distributed import Processes
@@ -63,7 +64,7 @@ def add_gradient_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def subject(args: argparse.Namespace, processes: Processes, step: int | None = None) -> Iterator[Subject]:
-    """Opens the run.
+    """Opens the run. A collective.
 
     Raises:
         UserError: no run, no such weights, no such images, or numbers that cannot be.
@@ -73,7 +74,10 @@ def subject(args: argparse.Namespace, processes: Processes, step: int | None = N
     for option in ("samples", "batch"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} must be positive, got {getattr(args, option)}")
-    trained = Trained.load(args.run, args.weights, processes.device, step)
+    check_steps("--checkpoint-step", [args.weights], [] if step is None else [step])
+    trained = loaded(args.run, args.weights, processes, step)
+    if processes.is_main:
+        tell_passed_over(trained)
     data = open_data(trained.config)
     losses = RangeLosses(trained.config, data, processes, args.images == "held-out")
     try:

@@ -6,6 +6,7 @@ low by that alone. So compare weightings on runs of each, and on untrained weigh
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,14 @@ def _report(args: argparse.Namespace, config: RunConfig, solver: Ugd, gradients:
             f"all gradients of {args.run} are 0 there, so no weighting is nearer to Pareto's optimum: choose another checkpoint"
         )
     gram = normalised(measured)
+    noise = gram.diagonal() * torch.tensor(gradients["noise_shares"], dtype=torch.float64)
     shares = _shares(config, len(gram))
-    by_lambda = [_solved(gram, shares, solver, given) for given in sorted(set(args.regularisations))]
+    by_lambda = [_solved(gram, noise, shares, solver, given) for given in sorted(set(args.regularisations))]
     result = {
         **gradients,
         "unit_of_lambda": "the mean squared length of the ranges' gradients",
         "normalisation": "weights divided by their sum",
+        "without_noise": "the objective, |g_k|^2 taken between two halves of the samples",
         "ugd": {"steps": solver.steps, "rate": solver.rate},
         "range_weights": {name: share.tolist() for name, share in shares.items()},
         "by_lambda": by_lambda,
@@ -120,7 +123,7 @@ def _shares(config: RunConfig, ranges: int) -> dict[str, Tensor]:
     return found
 
 
-def _solved(gram: Tensor, shares: dict[str, Tensor], solver: Ugd, regularisation: float) -> dict[str, Any]:
+def _solved(gram: Tensor, noise: Tensor, shares: dict[str, Tensor], solver: Ugd, regularisation: float) -> dict[str, Any]:
     matrix = regularised(gram, regularisation)
     best, descended = least_norm(matrix), solver.solve(matrix)
     solved = {OPTIMUM: best.weights, UGD: descended.weights}
@@ -128,7 +131,7 @@ def _solved(gram: Tensor, shares: dict[str, Tensor], solver: Ugd, regularisation
         "lambda": regularisation,
         "optimum": {"weights": best.weights.tolist(), "gap": best.gap, "iterations": best.iterations},
         "ugd": {"weights": descended.weights.tolist(), "gap": descended.gap},
-        "weightings": compare(gram, {**solved, **shares}, best.weights, regularisation),
+        "weightings": compare(gram, noise, {**solved, **shares}, best.weights, regularisation),
     }
 
 
@@ -158,6 +161,7 @@ def _read(path: Path, config: RunConfig) -> dict[str, Any]:
         found = json.loads(path.read_text())
         gram = torch.tensor(found["gram"], dtype=torch.float64)
         fits = gram.dim() == 2 and gram.shape[0] == gram.shape[1] == found["ranges"] >= 2 and bool(gram.isfinite().all())
+        fits = fits and len(found["noise_shares"]) == len(gram) and all(map(math.isfinite, found["noise_shares"]))
         own = found["run"] == config.run_dir.name and found["names"] == range_names(len(gram), config.diffusion.schedule.num_timesteps)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--gradients {path} is none that `fasttrain analyse gradients` wrote: {error}") from None
