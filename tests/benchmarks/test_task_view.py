@@ -213,7 +213,7 @@ def test_the_result_is_a_table_a_picture_and_a_verdict(tmp_path, capsys):
         assert picture.size[0] == 3 * 640 and len(picture.convert("RGB").getcolors(1 << 18)) > 8
     text = TABLES["task-view"](path.parent.parent)
     assert "| min_snr, 32 steps | 0.75 (0.75 to 0.75), 2 of 2 | 0.75 (0.75 to 0.75), 2 of 2 |" in text
-    assert "itself -1.3 % (better in 2, worse in 2 of 6)" in text and "(benchmarks/results/cpu/task_view.png)" in text
+    assert "itself -0.3 % (better in 2, worse in 2 of 6)" in text and "(benchmarks/results/cpu/task_view.png)" in text
     assert TABLES["task-view"](tmp_path / "none") == "*Not run.*"
     task_view.show(result)
     assert "in every network at lambda 0, 0.1, in no network at lambda (none)" in capsys.readouterr().out
