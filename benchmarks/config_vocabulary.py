@@ -125,6 +125,7 @@ WORDS = {
         "min_snr",
         "max_snr",
         "soft_min_snr",
+        {"name": "clamped_snr", "floor": 9},
         "flow",
         "min-snr",
         {"name": "edm", "gamma": 5},

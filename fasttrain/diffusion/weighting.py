@@ -90,6 +90,27 @@ class MinSnr:
         return snr.clamp(max=self.gamma)
 
 
+@WEIGHTINGS.register("clamped_snr")
+@dataclass(frozen=True)
+class ClampedSnr:
+    """w = max(floor, min(snr, gamma)), floor = 1, gamma = 5: min-SNR that keeps const's weight where noise prevails (our own).
+
+    There min-SNR's weight goes to 0 with snr, and so does what the network learns of classes and layout in its first steps.
+    """
+
+    floor: float = 1.0
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self.gamma)
+        if not 0 < self.floor < self.gamma:
+            raise ValueError(f"floor must lie between 0 and gamma ({self.gamma}), got {self.floor}")
+
+    def __call__(self, snr: Tensor) -> Tensor:
+        """max(floor, min(snr, gamma))."""
+        return snr.clamp(min=self.floor, max=self.gamma)
+
+
 @WEIGHTINGS.register("soft_min_snr")
 @dataclass(frozen=True)
 class SoftMinSnr:

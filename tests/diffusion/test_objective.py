@@ -85,7 +85,7 @@ def in_plain_torch(prediction: str, weighting: str, weight: Tensor) -> tuple[Ten
     x_t = alpha * x0 + sigma * eps
     snr = (alpha / sigma) ** 2
     w = {"const": snr**0, "snr": snr, "max_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=5), "soft_min_snr": 5 * snr / (5 + snr)}
-    w |= {"flow": ((alpha + sigma) / sigma) ** 2, "p2": snr / (1 + snr), "edm": snr + 4}
+    w |= {"flow": ((alpha + sigma) / sigma) ** 2, "p2": snr / (1 + snr), "edm": snr + 4, "clamped_snr": snr.clamp(1, 5)}
     w |= {"table": snr**0, "pareto": snr**0}  # of one range, and before it is solved for
     s = sigma / alpha  # EDM's, of data of deviation 1/2
     skip, out, scale = 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25) ** 0.5, (s**2 + 0.25) ** -0.5
@@ -251,7 +251,7 @@ def test_eps_with_zero_terminal_snr_is_refused_by_name(schedule: str, weighting:
 
 UNBOUNDED = {
     *(("x0", name) for name in ("snr", "max_snr", "flow", "edm")),
-    *(("eps", name) for name in ("const", "max_snr", "flow", "edm", "table", "pareto")),
+    *(("eps", name) for name in ("const", "max_snr", "clamped_snr", "flow", "edm", "table", "pareto")),
 }
 
 

@@ -23,6 +23,8 @@ def weights(weighting: str, prediction: str) -> torch.Tensor:
         ("snr", 0, 2, 7, INF),
         ("max_snr", 1, 2, 7, INF),
         ("min_snr", 0, 2, 5, 5),
+        ("clamped_snr", 1, 2, 5, 5),
+        ({"name": "clamped_snr", "floor": 3.0, "gamma": 6.0}, 3, 3, 6, 6),
         ("soft_min_snr", 0, 10 / 7, 35 / 12, 5),
         ("flow", 1, (1 + 2**0.5) ** 2, (1 + 7**0.5) ** 2, INF),
         ("p2", 0, 2 / 3, 7 / 8, 1),
@@ -88,6 +90,8 @@ def test_min_snr_on_edm_is_edm_s_loss_times_the_clipped_share() -> None:
         ({"name": "p2", "gamma": -1}, "gamma must be 0 or more"),
         ({"name": "edm", "sigma_data": 0}, "sigma_data is the data's standard deviation"),
         ({"name": "edm", "gamma": 0}, "gamma must be positive"),
+        ({"name": "clamped_snr", "floor": 0}, "floor must lie between 0 and gamma"),
+        ({"name": "clamped_snr", "floor": 5}, "floor must lie between 0 and gamma"),
     ],
 )
 def test_impossible_parameters_are_refused(spec: dict, message: str) -> None:
@@ -95,7 +99,7 @@ def test_impossible_parameters_are_refused(spec: dict, message: str) -> None:
         WEIGHTINGS.build(spec)
 
 
-@pytest.mark.parametrize("name", ["max_snr", "min_snr", "soft_min_snr"])
+@pytest.mark.parametrize("name", ["max_snr", "min_snr", "clamped_snr", "soft_min_snr"])
 @pytest.mark.parametrize("gamma", [0, -1, float("nan")])
 def test_gamma_must_be_positive(name: str, gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma must be positive"):
