@@ -241,5 +241,6 @@ class Worker:
         self._keep(what, spent, ended)
 
     def _keep(self, what: str, spent: Spent, ended: str) -> None:
-        with self.folder.spent.open("a") as file:
-            file.write(json.dumps({"what": what, "ended": ended, **spent._asdict()}) + "\n")
+        if spent.seconds:  # what was not begun took nothing
+            with self.folder.spent.open("a") as file:
+                file.write(json.dumps({"what": what, "ended": ended, **spent._asdict()}) + "\n")
