@@ -104,7 +104,10 @@ def test_samples_of_a_step_have_a_folder_of_their_own(run, capsys):
         assert main(["sample", str(run), "--checkpoint-step", str(step), "--count", "2", *FAST]) == 0
         assert np.load(run / "samples" / f"ema-step-{step}" / "samples.npz")["arr_0"].shape == (2, 8, 8, 1)
     assert main(["sample", str(run), "--checkpoint-step", "80", "--weights", "untrained", "--count", "2", *FAST]) == 2
-    assert "--checkpoint-step: --weights untrained is the network before its first step" in capsys.readouterr().err
+    told = "--weights untrained is the network before its first step, of no checkpoint: "
+    assert f"{told}leave it out, or --checkpoint-step\n" in capsys.readouterr().err
+    assert main(["export", str(run), str(run / "untrained.safetensors"), "--weights", "untrained"]) == 2
+    assert f"{told}there is nothing to export" in capsys.readouterr().err and not (run / "untrained.safetensors").exists()
 
 
 def test_labels_and_seed_decide_the_samples(run, tmp_path):
@@ -147,6 +150,7 @@ def test_evaluate_scores_training_and_keeps_the_protocol(run, digits, tmp_path, 
     command = ["evaluate", str(run), "--reference", str(digits), "--count", "300", "--steps", "6", "--out", str(tmp_path)]
     assert main([*command, "--weights", "untrained", "raw", "ema"]) == 0
     told, scores = capsys.readouterr().out, {}
+    assert told.count("heun with 6 steps: its own error may outweigh the network's; take 18, or --sampler dpm_solver\n") == 1
     for weights, step in (("untrained", 0), ("raw", STEPS), ("ema", STEPS)):
         scores[weights] = json.loads((tmp_path / f"step-{step:08d}-{weights}-pixels.json").read_text())
         assert f"Frechet distance {scores[weights]['frechet_distance']:.4f}" in told

@@ -110,6 +110,12 @@ def sampler_of(args: argparse.Namespace) -> Sampler:
         raise UserError(f"--sampler, --steps: {error}") from None
 
 
+def tell_caution(args: argparse.Namespace, processes: Processes) -> None:
+    """One line, once, where the sampler that is asked for has one to say."""
+    if processes.is_main and (told := sampler_of(args).caution()):
+        print(told)
+
+
 def guidance_of(args: argparse.Namespace) -> Guidance:
     """The guidance that is asked for. Raises UserError for values that cannot be, or that change nothing."""
     asked: Mapping[str, Any] = {
@@ -154,8 +160,14 @@ def wishes_of(args: argparse.Namespace, labels: list[int] | None = None) -> Wish
 
 def check_steps(option: str, weights: Sequence[str], steps: Sequence[object]) -> None:
     """Raises UserError where steps are given that nothing has: a network before its first step alone."""
-    if steps and set(weights) == {UNTRAINED}:
-        raise UserError(f"{option}: --weights {UNTRAINED} is the network before its first step, of no checkpoint: leave one of them out")
+    if steps:
+        refuse_untrained(weights, f"leave it out, or {option}")
+
+
+def refuse_untrained(weights: Sequence[str], why: str) -> None:
+    """Raises UserError where nothing but a network before its first step is asked for, which cannot be meant; `why` says what to do."""
+    if set(weights) == {UNTRAINED}:
+        raise UserError(f"--weights {UNTRAINED} is the network before its first step, of no checkpoint: {why}")
 
 
 def loaded(run_dir: Path, weights: str, processes: Processes, step: int | None) -> Trained:

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from fasttrain.commands.destination import writing_to
-from fasttrain.commands.generating import TIMEOUT_SECONDS, Made, add_generation_arguments, check_steps, draw, loaded, wishes_of
+from fasttrain.commands.generating import (
+    TIMEOUT_SECONDS,
+    Made,
+    add_generation_arguments,
+    check_steps,
+    draw,
+    loaded,
+    tell_caution,
+    wishes_of,
+)
 from fasttrain.engine import distributed
 from fasttrain.engine.together import on_main
 from fasttrain.files import write_whole
@@ -41,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     check_steps("--checkpoint-step", [args.weights], [] if step is None else [step])
     out = args.out or args.run / "samples" / (args.weights if step is None else f"{args.weights}-step-{step}")
     with distributed.joined(TIMEOUT_SECONDS) as processes, ExitStack() as opened:
+        tell_caution(args, processes)
         trained = loaded(args.run, args.weights, processes, step)
         drawing = draw(trained, args, processes, wishes_of(args, args.labels))
         first = next(drawing.batches, None)  # before anything is written: what is asked for may be refused

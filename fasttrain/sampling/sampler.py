@@ -43,6 +43,10 @@ class Sampler(ABC):
         """Raises UserError where a library that it needs is not installed, before anything waits for samples."""
         return
 
+    def caution(self) -> str | None:
+        """What to know of samples that are made with so few steps, if anything."""
+        return None
+
     @abstractmethod
     def __call__(self, model: Model, schedule: Schedule, prediction: Prediction, noise: Noise, cond: Cond, dtype: torch.dtype) -> Tensor:
         """x0 [B, C, H, W] float64 for `cond` of B; the state is float64, the model sees `dtype`."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from fasttrain.cond import Cond
 from fasttrain.diffusion.prediction import PREDICTIONS, Prediction
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
-from fasttrain.sampling.sampler import Noise
+from fasttrain.sampling.sampler import Noise, Sampler
 
 SPREAD, CENTRE = 0.5, 0.25
 COND = Cond(labels=torch.zeros(6, dtype=torch.int64))
@@ -63,3 +63,16 @@ def exact_end(schedule: Schedule, timesteps: Tensor) -> Tensor:
     spread = torch.hypot(alpha * SPREAD, sigma)
     deviations = (torch.hypot(alpha[0], sigma[0]) * start() - alpha[0] * CENTRE) / spread[0]
     return CENTRE + deviations * alpha[1] * SPREAD**2 / spread[1]
+
+
+def deviation(sampler: Sampler, schedule: Schedule, spread: float) -> float:
+    """Of the samples that two pixels of noise, one deviation apart, lead to: a sampler of normal data is linear in its noise."""
+    ends = sampler(
+        Ideal(schedule, TARGET["v"], spread),
+        schedule,
+        TARGET["v"],
+        lambda draw: torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(1, 1, 1, 2),
+        Cond(labels=torch.zeros(1, dtype=torch.int64)),
+        torch.float64,
+    ).flatten()
+    return (ends[1] - ends[0]).item()

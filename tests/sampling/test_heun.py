@@ -9,7 +9,7 @@ from fasttrain.errors import UserError
 from fasttrain.sampling.heun import Heun, edm_grid
 from fasttrain.sampling.sampler import SAMPLERS
 from tests.diffusion.tables import TABLES
-from tests.sampling.ideal import CENTRE, COND, SCHEDULE, SPREAD, TARGET, Ideal, no_more_noise, start
+from tests.sampling.ideal import CENTRE, COND, SCHEDULE, SPREAD, TARGET, Ideal, deviation, no_more_noise, start
 
 
 def exact(start: Tensor, sigma: Tensor) -> Tensor:
@@ -109,3 +109,17 @@ def test_values_must_be_positive(key: str) -> None:
 def test_a_start_below_the_schedule_is_refused() -> None:
     with pytest.raises(UserError, match=r"sigma_max 0\.001 lies below"):
         edm_grid(SCHEDULE["cosine"], 10, sigma_max=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "too_much"),
+    [("cosine", {6: 0.70, 10: 0.19, 18: 0.05, 30: 0.016}), ("scaled_linear", {6: 0.24, 10: 0.07, 18: 0.016, 30: 0.004})],
+)
+def test_few_steps_deviate_too_much_as_told(name: str, too_much: dict[int, float]) -> None:
+    for steps, share in too_much.items():
+        assert deviation(Heun(steps), SCHEDULE[name], 0.5) / 0.5 - 1 == pytest.approx(share, abs=0.006), steps
+
+
+def test_few_steps_are_cautioned_of_and_no_others() -> None:
+    others = [SAMPLERS.build({"name": name, "steps": 6}) for name in ("euler", "ddim", "dpm_solver")]
+    assert "heun with 9 steps: its own error" in str(Heun(9).caution()) and not any(each.caution() for each in (Heun(10), *others))

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasttrain.charts import Heat, Line, Panel, heat_chart, line_chart
 from fasttrain.commands.analyses.measuring import TIMEOUT_SECONDS, Subject, add_measuring_arguments, draws_of, subject
 from fasttrain.commands.analyses.output import folder_of, write
+from fasttrain.commands.generating import refuse_untrained
 from fasttrain.config import RunConfig
 from fasttrain.engine import distributed
 from fasttrain.errors import UserError
@@ -33,8 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--on: ranges are 0 to {args.ranges - 1}, got {chosen}")
     if args.steps < 1 or not (args.learning_rate is None or 0 < args.learning_rate < float("inf")):
         raise UserError(f"--steps and --learning-rate must be positive, got {args.steps} and {args.learning_rate}")
-    if args.weights == "untrained":
-        raise UserError("--weights untrained: fine-tuning begins from weights that were trained: give ema or raw")
+    refuse_untrained([args.weights], "fine-tuning begins from weights that were trained: give ema or raw")
     with distributed.joined(TIMEOUT_SECONDS) as processes, subject(args, processes) as on:
         if processes.world_size > 1:
             raise UserError("analyse finetune starts trainings of its own: run it as one process")

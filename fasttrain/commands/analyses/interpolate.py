@@ -12,7 +12,7 @@ from fasttrain.commands.analyses.landscape import HELD_OUT, TRAINING, add_landsc
 from fasttrain.commands.analyses.measuring import TIMEOUT_SECONDS
 from fasttrain.commands.analyses.output import folder_of, write
 from fasttrain.commands.analyses.ranges import labels
-from fasttrain.commands.generating import loaded, tell_passed_over
+from fasttrain.commands.generating import loaded, refuse_untrained, tell_passed_over
 from fasttrain.engine import distributed
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not 2 <= args.points <= 10_001:
         raise UserError(f"--points must lie between 2 and 10001, got {args.points}")
-    if args.weights == UNTRAINED:
-        raise UserError("--weights untrained: give --from untrained instead, and with --weights what it is compared with")
+    refuse_untrained([args.weights], "give --from untrained instead, and with --weights what it is compared with")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
         ends = _ends(args, processes)
         if processes.is_main:
