@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fasttrain.cond import Text
 from fasttrain.data.index import TextRecord
@@ -23,7 +22,7 @@ from fasttrain.data.text.captions import clean
 from fasttrain.data.text.encoder import EncoderRecord, TextEncoder
 from fasttrain.data.text.table import TextTable
 from fasttrain.errors import UserError
-from fasttrain.files import whole
+from fasttrain.tensor_file import write_tensors
 
 PROMPTS_FILE = "text.safetensors"
 _BATCH = 64
@@ -51,10 +50,10 @@ def write_prompts(run_dir: Path, table: TextTable) -> None:
     text = table.texts(np.arange(len(table.head) + 1))
     metadata = {"captions": json.dumps(table.head), "record": table.record.model_dump_json()}
     try:
-        with whole(run_dir / PROMPTS_FILE) as draft:
-            save_file(dict(zip(_PARTS, (text.tokens, text.length, text.pooled), strict=True)), draft, metadata)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{run_dir / PROMPTS_FILE}: cannot be written: {error}; make room and run the same command again") from None
+        write_tensors(run_dir / PROMPTS_FILE, dict(zip(_PARTS, (text.tokens, text.length, text.pooled), strict=True)), metadata)
+    except OSError as error:
+        told = f"{run_dir / PROMPTS_FILE}: cannot be written: {error.strerror}"
+        raise UserError(f"{told}; make room and run the same command again") from None
 
 
 def read_prompts(run_dir: Path) -> Prompts:

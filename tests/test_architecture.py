@@ -13,7 +13,7 @@ SOURCES = sorted([*ROOT.glob("fasttrain/**/*.py"), *ROOT.glob("kernels/fasttrain
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
 # A module may import its own part and what is below it.
-BASE = {"fasttrain.cond", "fasttrain.errors", "fasttrain.files", "fasttrain.registry", "fasttrain.versions"}
+BASE = {"fasttrain.cond", "fasttrain.errors", "fasttrain.files", "fasttrain.registry", "fasttrain.tensor_file", "fasttrain.versions"}
 FLOOR_1 = {"fasttrain.diffusion", "fasttrain.models", "fasttrain.data", "fasttrain.engine"}
 FLOOR_2 = {"fasttrain.sampling", "fasttrain.evaluation", "fasttrain.research"}
 
@@ -26,6 +26,7 @@ ONLY_IN = {
     "diffusers": (("fasttrain/data/vae.py", "fasttrain/sampling/diffusers.py"), False),
     "torchvision": ((), False),
     "transformers": (("fasttrain/data/text/encoder.py",), True),
+    "safetensors.torch": (("fasttrain/tensor_file.py",), True),  # which says what a failed write means
 }
 DRAWERS = {"utils", "util", "helpers", "helper", "misc", "common"}
 

@@ -15,6 +15,7 @@ from fasttrain.errors import UserError
 from fasttrain.prompts import PROMPTS_FILE, encoded, read_prompts, write_prompts
 from tests.data.conftest import encoder, encoder_folder, prepared_digits, prepared_text  # noqa: F401 (fixtures)
 from tests.data.text.tiny_encoder import write_tiny_encoder
+from tests.disks import fill
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ def test_they_are_read_as_they_were_written(run_dir: Path, table: TextTable):
         for part in ("tokens", "length", "pooled"):
             assert (getattr(given, part) == getattr(wanted, part)).all()
     assert [path.name for path in run_dir.iterdir()] == [PROMPTS_FILE]
+
+
+def test_no_room_for_them_is_told_as_that(table: TextTable, disk):
+    folder = disk(1 << 20)
+    fill(folder, leave=1 << 12)
+    with pytest.raises(UserError, match=r"text.safetensors: cannot be written: No space left on device; make room and run"):
+        write_prompts(folder, table)
 
 
 def test_the_runs_own_encoder_gives_the_tables_text(run_dir: Path, encoder_folder: Path):  # noqa: F811

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fasttrain.commands.generating import tell_passed_over
+from fasttrain.commands.generating import refuse_untrained, tell_passed_over
 from fasttrain.errors import UserError
-from fasttrain.files import whole
 from fasttrain.interchange import diffusers
 from fasttrain.interchange.source import of_data
 from fasttrain.models import MODELS
+from fasttrain.tensor_file import write_tensors
 from fasttrain.trained import Trained
 
 
@@ -33,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    refuse_untrained([args.weights], "there is nothing to export: give ema or raw")
     trained = Trained.load(args.run, args.weights, torch.device("cpu"))
     tell_passed_over(trained)
     {"safetensors": _write_file, "diffusers": _write_folder}[args.format](trained, args.out)
@@ -59,10 +58,9 @@ def _write_file(trained: Trained, out: Path) -> None:
     # File metadata is text: MODELS.build(json.loads(metadata["model"])) builds the network again.
     facts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _facts(trained).items()}
     try:
-        with whole(out) as draft:
-            save_file({name: tensor.contiguous() for name, tensor in _weights(trained).items()}, draft, {"format": "pt", **facts})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}; make room or choose another file") from None
+        write_tensors(out, _weights(trained), {"format": "pt", **facts})
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; make room or choose another file") from None
 
 
 def _write_folder(trained: Trained, out: Path) -> None:

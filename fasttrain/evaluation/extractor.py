@@ -15,9 +15,9 @@ from torch import Tensor
 from fasttrain.errors import UserError
 from fasttrain.evaluation.classifier import SMALLEST, Classifier, to_input
 from fasttrain.evaluation.features import FEATURES, Features, Images
-from fasttrain.evaluation.tensor_file import write_tensors
 from fasttrain.files import digest
 from fasttrain.registry import shown
+from fasttrain.tensor_file import write_tensors
 
 FORMAT = 1
 VERSION = 1  # of what the network computes of its weights and images
@@ -79,7 +79,7 @@ class Extractor:
 
     def save(self, path: Path) -> None:
         """Writes one file, which appears whole or not at all. Raises OSError where it cannot be written."""
-        write_tensors(path, self.network.state_dict(), _METADATA, self.record.model_dump(mode="json"))
+        write_tensors(path, self.network.state_dict(), {_METADATA: self.record.model_dump_json()})
 
     @property
     def told(self) -> Mapping[str, Any]:

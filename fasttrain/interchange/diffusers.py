@@ -5,16 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fasttrain.errors import UserError
-from fasttrain.files import whole, write_whole
+from fasttrain.files import write_whole
 from fasttrain.interchange.forms import FORMS, Form
 from fasttrain.interchange.names import Layout
 from fasttrain.interchange.translation import to_theirs
 from fasttrain.registry import nearest, printable, shown
+from fasttrain.tensor_file import write_tensors
 
 CONFIG, WEIGHTS, FACTS = "config.json", "diffusion_pytorch_model.safetensors", "fasttrain.json"
 PIPELINE, SHARDED = "model_index.json", f"{WEIGHTS}.index.json"
@@ -121,13 +120,12 @@ def write_folder(out: Path, facts: Mapping[str, Any], weights: Mapping[str, Tens
     tensors, advice = to_theirs(kept, form.layout, model["depth"]), form.advice(model)
     try:
         (out / CONFIG).unlink(missing_ok=True)  # written last: a folder without it is no model
-        with whole(out / WEIGHTS) as draft:
-            save_file(tensors, draft, {"format": "pt"})
+        write_tensors(out / WEIGHTS, tensors, {"format": "pt"})
         write_whole(out / FACTS, json.dumps(facts, indent=1) + "\n")
         write_whole(out / "README.md", _readme(name, facts, advice))
         write_whole(out / CONFIG, json.dumps({"_class_name": name, **form.theirs(model)}, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}; make room or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; make room or choose another folder") from None
     return advice
 
 

@@ -1,5 +1,6 @@
 """References: shards, statistics of others, and what is kept of them."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 
 from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
+from fasttrain.evaluation import kept as kept_module
 from fasttrain.evaluation import protocol
 from fasttrain.evaluation import reference as module
 from fasttrain.evaluation.collected import Collector, Statistics, statistics
 from fasttrain.evaluation.features import Images, Pixels
 from fasttrain.evaluation.frechet import Gaussian
-from fasttrain.evaluation.kept import KeptStatistics
+from fasttrain.evaluation.kept import KeptStatistics, _identity
 from fasttrain.evaluation.precision_recall import radii
 from fasttrain.evaluation.reference import Reference, Shards, StatisticsFile
 from fasttrain.versions import installed
@@ -155,6 +157,38 @@ def test_statistics_are_found_again_for_the_same_images_and_features_alone(digit
     other = StatisticsFile(write(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=images()))
     assert kept.find(other, Pixels(), CPU) is None
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class Numbered(Pixels):
+    """As many features as are wanted."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    @property
+    def told(self):
+        return {"name": f"numbered {self.number}"}
+
+
+def test_those_that_were_used_last_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kept_module, "MOST_FILES", 3)
+    reference = StatisticsFile(write(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=images()))
+    kept = KeptStatistics(tmp_path / "cache")
+    found = Statistics(Gaussian(torch.zeros(3).double(), torch.eye(3).double(), 20), torch.ones(20, 3))
+
+    def here() -> list[int]:
+        return [number for number in range(5) if kept._place(_identity(reference, Numbered(number), CPU)).exists()]
+
+    for number in range(3):
+        kept.keep(reference, Numbered(number), CPU, found)
+        os.utime(kept._place(_identity(reference, Numbered(number), CPU)), (number, number))
+    assert here() == [0, 1, 2] and kept.find(reference, Numbered(0), CPU) is not None
+    kept.keep(reference, Numbered(3), CPU, found)
+    assert here() == [0, 2, 3], "0 was used after 1 and 2"
+    os.utime(kept._place(_identity(reference, Numbered(0), CPU)), (2**33, 2**33))  # by a clock that was ahead
+    os.utime(kept._place(_identity(reference, Numbered(3), CPU)), (2**33, 2**33))
+    kept.keep(reference, Numbered(4), CPU, found)
+    assert here() == [0, 3, 4], "what was kept just now is not the one that goes"
 
 
 class Changed(Pixels):
