@@ -1,17 +1,19 @@
 """Which timesteps samplers visit, and how much of the data's deviation is left by it."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fasttrain.cond import Cond
 from fasttrain.diffusion.schedule import SCHEDULES, Schedule
 from fasttrain.sampling.euler import Euler
 from fasttrain.sampling.sampler import SAMPLERS
-from fasttrain.sampling.spacing import MOST_NOISE, SPACINGS, Spaced, log_snr
+from fasttrain.sampling.spacing import MOST_NOISE, SPACINGS, log_snr
 from tests.diffusion.tables import TABLES
-from tests.sampling.ideal import SCHEDULE, TARGET, Ideal
+from tests.sampling.ideal import SCHEDULE, TARGET, Ideal, deviation
 
 SPACED = ["euler", "ddim", "ddpm", "dpm_solver"]
 
@@ -19,19 +21,6 @@ SPACED = ["euler", "ddim", "ddpm", "dpm_solver"]
 def edm_sigmas(schedule: Schedule, t: torch.Tensor) -> torch.Tensor:
     alpha, sigma = schedule.alpha_sigma(t)
     return sigma / alpha
-
-
-def deviation(sampler: Spaced, schedule: Schedule, spread: float) -> float:
-    """Of the samples that two pixels of noise, one deviation apart, lead to: a sampler of normal data is linear in its noise."""
-    ends = sampler(
-        Ideal(schedule, TARGET["v"], spread),
-        schedule,
-        TARGET["v"],
-        lambda draw: torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(1, 1, 1, 2),
-        Cond(labels=torch.zeros(1, dtype=torch.int64)),
-        torch.float64,
-    ).flatten()
-    return (ends[1] - ends[0]).item()
 
 
 # The table of Spaced's docstring: first order trailing, first log_snr, second trailing, second log_snr; each for deviations 0.5 and 0.1.
@@ -69,6 +58,26 @@ def test_the_deviation_that_is_left_is_as_told(name: str, sampler: str) -> None:
 def test_dpm_solver_s_default_keeps_the_data_s_deviation(name: str, steps: int, most: float) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'fasttrain[latents]'")
     assert deviation(SAMPLERS.build({"name": "dpm_solver", "steps": steps}), named(name), 0.5) == pytest.approx(0.5, rel=most)
+
+
+# What previews and sample commands leave, as the configs say, of deviations 0.5 and 0.1; then their papers' samplers, trailing and log_snr.
+CONFIGS = {
+    "text/256": ("ddim", 1.00, 0.96, 0.94, 0.58, 0.97, 0.93),
+    "text/256-local": ("ddim", 1.00, 0.96, 0.94, 0.58, 0.97, 0.93),
+    "text/256-flow": ("euler", 1.01, 1.01, 0.95, 0.85, 0.90, 0.90),
+    "text/512": ("ddim", 0.995, 0.87, 0.85, 0.35, 0.96, 0.84),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_take_the_sampler_that_leaves_most(name: str) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'fasttrain[latents]'")
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text())
+    schedule, own = SCHEDULES.build(config["diffusion"]["schedule"]), config["sampling"]["sampler"]
+    papers, *told = CONFIGS[name]
+    samplers = [own, *({"name": papers, "steps": own["steps"], "spacing": spacing} for spacing in ("trailing", "log_snr"))]
+    made = [deviation(SAMPLERS.build(sampler), schedule, spread) / spread for sampler in samplers for spread in (0.5, 0.1)]
+    assert made == pytest.approx(told, abs=0.0055)
 
 
 @pytest.mark.parametrize("name", SCHEDULE)
