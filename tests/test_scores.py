@@ -1,5 +1,6 @@
 """`fasttrain evaluate` on a real small run: in which features, against what, on how many processes."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from fasttrain.engine.distributed import Processes
 from tests.commands import fasttrain
 from tests.disks import fill
 from tests.evaluation.test_torchscript import Inception, saved
+from tests.http_server import FaultyServer
 from tests.ranks import free_port, run_ranks
 from tests.runs import plain_config
 
@@ -131,6 +133,27 @@ def test_two_processes_find_the_score_of_one(made, digits, tmp_path):
         assert {key: two[name][key] for key in same} == {key: one[name][key] for key in same}
 
 
+def held(folder: Path) -> list[str]:
+    """The files of a cache that somebody has not let go of."""
+    found = []
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(path.name)
+    return found
+
+
+def test_sets_in_a_store_are_let_go_of_also_after_a_mistake(made, digits, cache, tmp_path):
+    with FaultyServer(digits) as server:
+        train = ["evaluate", "train-extractor", server.url, "--out", str(tmp_path / "x.safetensors"), "--steps", "1"]
+        score = ["evaluate", str(made / "run"), "--reference", server.url, *FAST, "--out", str(tmp_path / "out")]
+        for command, status in ((train, 0), (score, 0), ([*score, "--size", "5"], 2)):
+            assert main(command) == status
+            assert any((cache.parent / "files").glob("*.tar")) and held(cache.parent / "files") == [], command[1]
+
+
 @pytest.mark.parametrize(
     ("features", "told"),
     [
@@ -182,8 +205,11 @@ def test_a_model_of_more_classes_than_its_set_counts_no_agreement(made, digits, 
     ("more", "told"),
     [
         (["--checkpoint-steps", "x"], "--checkpoint-steps 'x': give steps as numbers"),
-        (["--checkpoint-steps", "1", "--weights", "untrained"], "--checkpoint-steps: --weights untrained is the network before its first"),
-        (["--checkpoint-steps", "all", "--weights", "untrained"], "--checkpoint-steps: --weights untrained is the network before"),
+        (
+            ["--checkpoint-steps", "1", "--weights", "untrained"],
+            "--weights untrained is the network before its first step, of no checkpoint",
+        ),
+        (["--checkpoint-steps", "all", "--weights", "untrained"], "--weights untrained is the network before its first step"),
         (["--out", "score.json"], "--out score.json: it names a folder for the scores"),
     ],
 )

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from fasttrain.commands.generating import (
     guidance_of,
     loaded,
     sampler_of,
+    tell_caution,
     wishes_of,
 )
 from fasttrain.data.config import DataConfig
@@ -33,10 +35,11 @@ from fasttrain.errors import UserError
 from fasttrain.evaluation import extractor, torchscript  # noqa: F401 (registered)
 from fasttrain.evaluation.agreement import Agreement
 from fasttrain.evaluation.collected import Collector, Statistics, chosen, statistics
-from fasttrain.evaluation.evaluate import check_lengths, reference_statistics, score
+from fasttrain.evaluation.evaluate import check_lengths, nearness, reference_statistics, score
 from fasttrain.evaluation.extractor import Extractor
 from fasttrain.evaluation.features import FEATURES, Features
 from fasttrain.evaluation.kept import KeptStatistics
+from fasttrain.evaluation.precision_recall import PrecisionRecall
 from fasttrain.evaluation.protocol import Protocol, Score
 from fasttrain.evaluation.reference import Reference, Shards, StatisticsFile
 from fasttrain.registry import shown
@@ -72,10 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    given, folder = _steps(args), _folder(args)
-    reference, choices = _reference(args), _choices(args.features)
+    given, folder, choices = _steps(args), _folder(args), _choices(args.features)
     kept = KeptStatistics(cache_folder(DataConfig(train=args.reference)) / "statistics")
-    with distributed.joined(TIMEOUT_SECONDS) as processes:
+    with _reference(args) as reference, distributed.joined(TIMEOUT_SECONDS) as processes:
+        tell_caution(args, processes)
         opened = together(processes, lambda: {name: choice.open(processes.device) for name, choice in choices.items()})
         steps = processes.from_main(on_main(processes, lambda: steps_of(args.run) if given is None else given))
         ready: dict[str, Statistics | None] | None = None
@@ -90,7 +93,8 @@ def run(args: argparse.Namespace) -> None:
             on_main(processes, lambda: _make(folder))
             collected = _collected(args.count, trained, drawing, opened, processes)
             protocol = _protocol(args, trained, drawing, reference, processes.device)
-            on_main(processes, partial(_write_all, folder, weights, collected, ready, opened, protocol))
+            near = {name: nearness(collected[name].statistics if collected else None, ready[name], processes) for name in opened}
+            on_main(processes, partial(_write_all, folder, weights, collected, ready, near, opened, protocol))
 
 
 def _check_lengths(lengths: dict[str, int], ready: dict[str, Statistics | None], opened: dict[str, Features], reference: str) -> None:
@@ -104,13 +108,14 @@ def _write_all(
     weights: str,
     collected: dict[str, "_Collected"],
     ready: dict[str, Statistics | None],
+    near: dict[str, PrecisionRecall | None],
     opened: dict[str, Features],
     protocol: Protocol,
 ) -> None:
     for name, (ours, agreement) in collected.items():
         theirs = ready[name]
         assert theirs is not None
-        found = dataclasses.replace(score(ours, theirs, opened[name], protocol), agreement=agreement)
+        found = dataclasses.replace(score(ours, theirs, opened[name], protocol, near[name]), agreement=agreement)
         _write(folder, weights, name, found)
 
 
@@ -213,17 +218,20 @@ def _choices(given: Sequence[str]) -> dict[str, Any]:
     return choices
 
 
-def _reference(args: argparse.Namespace) -> Reference:
+@contextmanager
+def _reference(args: argparse.Namespace) -> Iterator[Reference]:
+    """What is compared with, for as long as the block lasts."""
     check_address(args.reference)
     if args.reference.endswith(".npz"):
         if args.size is not None:
             raise UserError(f"--size {args.size}: {args.reference} holds statistics; --size is for shards made elsewhere: leave it out")
-        return StatisticsFile(Path(args.reference))
-    shards = ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))
-    if shards.index.layout == "arrays" and args.size not in (None, shards.index.pixels):
-        told = f"{args.reference} was prepared at {shards.index.pixels} and is compared as it is; --size is for shards made elsewhere"
-        raise UserError(f"--size {args.size}: {told}: leave it out, or prepare a reference with `fasttrain prepare images --size`")
-    return Shards(shards)
+        yield StatisticsFile(Path(args.reference))
+        return
+    with closing(ShardSet.open(args.reference, DataConfig(train=args.reference, size=args.size))) as shards:
+        if shards.index.layout == "arrays" and args.size not in (None, shards.index.pixels):
+            told = f"{args.reference} was prepared at {shards.index.pixels} and is compared as it is; --size is for shards made elsewhere"
+            raise UserError(f"--size {args.size}: {told}: leave it out, or prepare a reference with `fasttrain prepare images --size`")
+        yield Shards(shards)
 
 
 def _lengths(reference: Reference, opened: dict[str, Features], shape: tuple[int, int, int]) -> dict[str, int]:

@@ -1,17 +1,18 @@
 """`fasttrain evaluate train-extractor SHARDS --out FILE`: a classifier of a set's images, whose features scores compare."""
 
 import argparse
-import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
-from fasttrain.commands.destination import writing_to
+from fasttrain.commands.destination import try_file, writing_to
 from fasttrain.data.config import DataConfig
 from fasttrain.data.remote.store import check_address
 from fasttrain.data.shards import ShardSet
 from fasttrain.errors import UserError
+from fasttrain.evaluation.extractor import Extractor
 from fasttrain.evaluation.extractor_training import train_extractor
 
 
@@ -27,19 +28,9 @@ def run(args: argparse.Namespace) -> None:
     check_address(args.shards)
     if args.steps < 1 or not 0 <= args.seed < 2**63:
         raise UserError(f"--steps {args.steps}, --seed {args.seed}: give at least one step, and a seed in [0, 2^63)")
-    shards = ShardSet.open(args.shards, DataConfig(train=args.shards, size=args.size))
-    _try(args.out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with Progress() as progress:
-        task = progress.add_task("training an extractor", total=args.steps)
-        trained = train_extractor(
-            shards,
-            Path(args.shards).name,
-            steps=args.steps,
-            seed=args.seed,
-            device=device,
-            progress=lambda step: progress.update(task, completed=step),
-        )
+    try_file(args.out)
+    with closing(ShardSet.open(args.shards, DataConfig(train=args.shards, size=args.size))) as shards:
+        trained = _trained(shards, args)
     with writing_to(args.out, "file"):
         trained.save(args.out)
     record = trained.record
@@ -49,11 +40,15 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _try(out: Path) -> None:
-    """Raises UserError, before the training, where its file cannot be written."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; give the name of a file")
-    with writing_to(out, "file"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=out.parent) as probe:
-            probe.write(bytes(1 << 12))
+def _trained(shards: ShardSet, args: argparse.Namespace) -> Extractor:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with Progress() as progress:
+        task = progress.add_task("training an extractor", total=args.steps)
+        return train_extractor(
+            shards,
+            Path(args.shards).name,
+            steps=args.steps,
+            seed=args.seed,
+            device=device,
+            progress=lambda step: progress.update(task, completed=step),
+        )

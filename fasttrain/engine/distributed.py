@@ -45,7 +45,9 @@ class Processes:
         return items or []
 
     def from_main(self, item: Any) -> Any:
-        """Rank 0's item on every process."""
+        """Rank 0's item on every process; a process alone keeps its own, uncopied: it may be large."""
+        if self.world_size == 1:
+            return item
         box = [item]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]

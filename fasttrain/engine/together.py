@@ -1,12 +1,13 @@
 """Work that a mistake ends on every process: nobody is left waiting for one that has gone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fasttrain.engine.distributed import Processes
 from fasttrain.errors import UserError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 def together(processes: Processes, work: Callable[[], T]) -> T:
@@ -29,3 +30,12 @@ def together(processes: Processes, work: Callable[[], T]) -> T:
 def on_main(processes: Processes, work: Callable[[], T]) -> T | None:
     """What rank 0's work gives, and None elsewhere. See `together`."""
     return together(processes, lambda: work() if processes.is_main else None)
+
+
+def divided(processes: Processes, items: Sequence[Item], work: Callable[[Sequence[Item]], T]) -> list[T]:
+    """What the work gives of each process's run of the items, in the items' order, on every process. A collective; the work holds none.
+
+    With fewer items than processes, some are given none.
+    """
+    first, last = (len(items) * rank // processes.world_size for rank in (processes.rank, processes.rank + 1))
+    return processes.gather(work(items[first:last]))

@@ -1,28 +1,29 @@
 """A score from what was collected of samples and of a reference."""
 
 from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
 
 from fasttrain.engine.distributed import Processes
-from fasttrain.engine.together import on_main, together
+from fasttrain.engine.together import divided, on_main, together
 from fasttrain.errors import UserError
 from fasttrain.evaluation.collected import Collector, Share, Statistics, statistics
 from fasttrain.evaluation.features import Features
 from fasttrain.evaluation.frechet import frechet_distance
 from fasttrain.evaluation.kept import KeptStatistics
-from fasttrain.evaluation.precision_recall import K, precision_recall, radii
+from fasttrain.evaluation.precision_recall import K, PrecisionRecall, precision_recall, radii
 from fasttrain.evaluation.protocol import Protocol, Score
 from fasttrain.evaluation.reference import Reference
 
 
-def score(samples: Statistics, reference: Statistics, features: Features, protocol: Protocol) -> Score:
-    """The Frechet distance between samples and a reference, and where there are vectors enough of both, precision and recall.
+def score(samples: Statistics, reference: Statistics, features: Features, protocol: Protocol, near: PrecisionRecall | None) -> Score:
+    """The Frechet distance between samples and a reference, beside what `nearness` found.
 
     Raises:
         UserError: features of different lengths.
     """
     check_lengths(len(samples.gaussian.mean), reference, features, protocol.reference)
-    enough = samples.rows is not None and reference.rows is not None and min(len(samples.rows), len(reference.rows)) > K
-    near = precision_recall(samples.rows, reference.rows, reference_radii=reference.radii) if enough else None  # type: ignore[arg-type]
     assert samples.gaussian.vectors is not None
     return Score(
         frechet_distance=frechet_distance(samples.gaussian, reference.gaussian),
@@ -34,6 +35,22 @@ def score(samples: Statistics, reference: Statistics, features: Features, protoc
         reference_samples=reference.gaussian.vectors,
         protocol=protocol,
     )
+
+
+def nearness(samples: Statistics | None, reference: Statistics | None, processes: Processes) -> PrecisionRecall | None:
+    """Precision and recall of what rank 0 has, by all ranks and on each one's device; None where vectors are too few. A collective."""
+    told = processes.from_main(_vectors(samples, reference))
+    if told is None:
+        return None
+    ours, theirs, their_radii = told
+    where = processes.device
+    return precision_recall(ours.to(where), theirs.to(where), reference_radii=their_radii, divide=partial(divided, processes))
+
+
+def _vectors(samples: Statistics | None, reference: Statistics | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    if samples is None or reference is None or samples.rows is None or reference.rows is None:
+        return None
+    return (samples.rows, reference.rows, reference.radii) if min(len(samples.rows), len(reference.rows)) > K else None
 
 
 def check_lengths(length: int, reference: Statistics, features: Features, name: str) -> None:
@@ -68,16 +85,21 @@ def _computed(reference: Reference, features: Features, processes: Processes) ->
 
     together(processes, collect)
     shares = processes.gather_to_main(collector.share())
-    return on_main(processes, lambda: _of(reference, what, shares))
+    return _with_radii(on_main(processes, lambda: _of(reference, what, shares)), processes)
 
 
 def _of(reference: Reference, what: str, shares: list[Share]) -> Statistics:
     stated = reference.gaussian()
     if stated is not None and all(moments is None for moments, _, _ in shares):
         return Statistics(stated, None)
-    found = statistics(what, shares)
-    assert found.rows is not None
-    return replace(found, radii=radii(found.rows) if len(found.rows) > K else None)
+    return statistics(what, shares)
+
+
+def _with_radii(found: Statistics | None, processes: Processes) -> Statistics | None:
+    """Rank 0's statistics with what precision and recall need of them, by all ranks and on each one's device. A collective."""
+    rows = processes.from_main(None if found is None or found.rows is None or len(found.rows) <= K else found.rows)
+    known = None if rows is None else radii(rows.to(processes.device), divide=partial(divided, processes))
+    return found and replace(found, radii=known)
 
 
 def _keep(kept: KeptStatistics, reference: Reference, features: Features, processes: Processes, found: Statistics) -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from fasttrain.engine import distributed
 from fasttrain.errors import UserError
 from fasttrain.evaluation.collected import Collector, Statistics, chosen, statistics
-from fasttrain.evaluation.evaluate import score
+from fasttrain.evaluation.evaluate import nearness, score
 from fasttrain.evaluation.features import FEATURES, Images, Pixels
-from fasttrain.evaluation.protocol import Protocol
+from fasttrain.evaluation.protocol import Protocol, Score
 
 PROTOCOL = Protocol(
     reference="digits",
@@ -45,8 +46,13 @@ def collected(what: str, images: Images, size: int = 200, ranks: int = 1) -> Sta
     return statistics(what, [collector.share() for collector in collectors])
 
 
+def scored(samples: Statistics, reference: Statistics) -> Score:
+    with distributed.joined(60) as processes:
+        return score(samples, reference, Pixels(), PROTOCOL, nearness(samples, reference, processes))
+
+
 def distance(samples: Images, reference: Images) -> float:
-    return score(collected("samples", samples), collected("reference", reference), Pixels(), PROTOCOL).frechet_distance
+    return score(collected("samples", samples), collected("reference", reference), Pixels(), PROTOCOL, None).frechet_distance
 
 
 def test_pixels_are_flattened_and_scaled() -> None:
@@ -65,13 +71,13 @@ def test_real_digits_are_nearer_to_digits_than_noise_or_one_class_is(digits: Ima
 
 def test_one_class_is_precise_and_recalls_little(digits: Images) -> None:
     threes = digits[load_digits().target == 3]
-    found = score(collected("samples", threes), collected("reference", digits), Pixels(), PROTOCOL)
+    found = scored(collected("samples", threes), collected("reference", digits))
     assert found.precision == 1 and found.recall is not None and found.recall < 0.4
     assert found.neighbours == {"k": 3, "samples": len(threes), "reference": 1797}
 
 
 def test_score_names_what_it_compared_and_is_saved_whole(digits: Images, tmp_path: Path) -> None:
-    found = score(collected("samples", digits[:500], 33), collected("reference", digits), Pixels(), PROTOCOL)
+    found = scored(collected("samples", digits[:500], 33), collected("reference", digits))
     found.save(tmp_path / "score.json")
     stored = json.loads((tmp_path / "score.json").read_text())
     assert stored["frechet_distance"] == found.frechet_distance and stored["precision"] == found.precision
@@ -84,8 +90,8 @@ def test_score_names_what_it_compared_and_is_saved_whole(digits: Images, tmp_pat
 def test_neither_batches_nor_processes_matter(digits: Images, size: int, ranks: int) -> None:
     """Nor a process that had nothing to do."""
     reference = collected("reference", digits[900:])
-    whole = score(collected("samples", digits[:900], 900), reference, Pixels(), PROTOCOL)
-    found = score(collected("samples", digits[:900], size, ranks), reference, Pixels(), PROTOCOL)
+    whole = scored(collected("samples", digits[:900], 900), reference)
+    found = scored(collected("samples", digits[:900], size, ranks), reference)
     assert found.frechet_distance == pytest.approx(whole.frechet_distance, rel=1e-12)
     assert (found.precision, found.recall, found.samples) == (whole.precision, whole.recall, 900)
 
@@ -102,7 +108,7 @@ def test_too_few_images_are_refused(digits: Images, count: int) -> None:
 
 
 def test_of_three_images_there_is_no_precision(digits: Images) -> None:
-    found = score(collected("samples", digits[:3]), collected("reference", digits), Pixels(), PROTOCOL)
+    found = scored(collected("samples", digits[:3]), collected("reference", digits))
     assert found.precision is found.recall is found.neighbours is None and found.frechet_distance > 0
 
 

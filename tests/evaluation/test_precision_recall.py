@@ -1,12 +1,18 @@
 """Precision and recall against their definition, image by image."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from fasttrain.engine.distributed import Processes
+from fasttrain.engine.together import divided
 from fasttrain.evaluation import precision_recall as module
-from fasttrain.evaluation.precision_recall import precision_recall, radii
+from fasttrain.evaluation.precision_recall import PrecisionRecall, Work, precision_recall, radii
+from tests.ranks import run_ranks
 
 
 def by_definition(points: Tensor, centres: Tensor, k: int) -> float:
@@ -65,7 +71,7 @@ def test_too_few_vectors_or_other_lengths_are_refused() -> None:
 def test_radii_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = vectors(40, 0, 1.0, 1.2), vectors(53, 1)
     found, known, calls = precision_recall(samples, reference), radii(reference), []
-    monkeypatch.setattr(module, "radii", lambda rows, k: calls.append(len(rows)) or radii(rows, k))
+    monkeypatch.setattr(module, "radii", lambda rows, k, divide: calls.append(len(rows)) or radii(rows, k))
     assert precision_recall(samples, reference, reference_radii=known) == found and calls == [40]
     assert precision_recall(samples, reference, reference_radii=known * 0)[0] == 0, "they are used"
 
@@ -77,3 +83,36 @@ def test_no_array_of_distances_is_larger_than_a_block(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module._Centred, "squared", lambda self, others: [found := squared(self, others), sizes.append(found.numel())][0])
     precision_recall(vectors(300, 0), vectors(200, 1))
     assert max(sizes) <= 1000 and sum(sizes) == 300 * 200 + 300**2 + 200**2, "each distance of two sets is computed once"
+
+
+def _divided(processes: Processes, block: int) -> tuple[PrecisionRecall, Tensor, int]:
+    """What this rank is told, and of how many rows it computed the radii."""
+    module.BLOCK = block
+    random = torch.Generator().manual_seed(0)
+    reference, samples = (torch.randn(count, 257, generator=random) * scale for count, scale in ((311, 1.0), (290, 0.98)))
+    mine = []
+
+    def noted(blocks: Sequence[slice], work: Work[Tensor]) -> list[Tensor]:
+        def counted(some: Sequence[slice]) -> Tensor:
+            done = work(some)
+            mine.append(len(done))
+            return done
+
+        return divided(processes, blocks, counted)
+
+    found = precision_recall(samples, reference, divide=partial(divided, processes))
+    return found, radii(reference, divide=noted), mine[0]
+
+
+def _divided_both(processes: Processes) -> list[tuple[PrecisionRecall, Tensor, int]]:
+    """In 45 blocks of seven rows, and in one block, of which only one process has any."""
+    return [_divided(processes, 7 * 311), _divided(processes, 1 << 20)]
+
+
+def test_any_number_of_processes_finds_the_same_bit_for_bit_and_each_does_its_part() -> None:
+    ((alone, together),) = run_ranks(1, _divided_both)
+    found = run_ranks(2, _divided_both)
+    assert 0 < alone[0].precision < 1 and 0 < alone[0].recall < 1 and alone[2] == together[2] == 311
+    for many, one in found:
+        assert (many[0], one[0]) == (alone[0], together[0]) and torch.equal(many[1], alone[1]) and torch.equal(one[1], together[1])
+    assert sorted(many[2] for many, _ in found) == [22 * 7, 311 - 22 * 7] and sorted(one[2] for _, one in found) == [0, 311]
