@@ -1,6 +1,6 @@
 """One step of a run, taken again and watched: from the newest checkpoint before it on.
 
-A run is a function of its config and data, so its steps can be taken again. The run's folder is only read.
+A run is a function of its config and data, so its steps can be taken again. Nothing that the run has written is touched.
 """
 
 import json

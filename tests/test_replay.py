@@ -65,6 +65,11 @@ def test_a_step_that_was_taken_has_the_same_loss_bit_for_bit(poisoned: Path):
         assert json.loads((poisoned.parent / "report.json").read_text())["from_step"] == begun
 
 
+def test_a_report_that_cannot_be_written_is_told_before_any_step(poisoned: Path):
+    done = fasttrain("replay", poisoned, "8", "--out", poisoned)
+    assert done.status == 2 and f"--out {poisoned}: is a folder; give the name of a file" in done.err and "steps to take" not in done.out
+
+
 def test_without_its_cause_a_step_is_not_reproduced(poisoned: Path):
     done = fasttrain("replay", poisoned, "8", "--out", poisoned.parent / "report.json")
     assert "not reproduced: the step was skipped in the run, and is taken now" in done.out

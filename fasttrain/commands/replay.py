@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fasttrain.commands.destination import writing_to
+from fasttrain.commands.destination import try_file, writing_to
 from fasttrain.engine import distributed
+from fasttrain.engine.together import on_main
 from fasttrain.files import write_whole
 from fasttrain.lines import jsonable
 from fasttrain.replay import replay
@@ -17,19 +18,21 @@ SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; it is only read")
+    parser.add_argument("run", type=Path, help="run folder of a `fasttrain train`; nothing that is there changes")
     parser.add_argument("step", type=int, help="the step to take again, from the newest checkpoint before it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to use instead of the run's, e.g. kernels=reference")
-    parser.add_argument("--out", type=Path, help="JSON file for the report (default: RUN/replays/step-N.json)")
+    parser.add_argument("--out", type=Path, help="JSON file for the report (default: RUN/replays/step-N.json, the step in 8 digits)")
 
 
 def run(args: argparse.Namespace) -> None:
     config, _ = read_run(args.run, args.overrides)
+    out = args.out or args.run / "replays" / f"step-{args.step:08d}.json"
     with distributed.joined(config.training.timeout_seconds) as processes:
+        on_main(processes, lambda: try_file(out))
         report = replay(config, args.step, processes, print if processes.is_main else lambda text: None)
     if processes.is_main:
         _print(report)
-        _write(args.out or args.run / "replays" / f"step-{args.step:08d}.json", report)
+        _write(out, report)
 
 
 def _print(report: dict[str, Any]) -> None:
