@@ -11,7 +11,7 @@ On the networks at the end: `finetune` (figure 2), `instability` (figure 3, supp
 seeds and weightings, `interpolate`, `hessian`. One JSON, one picture.
 
 What DIR holds is not computed again. Killed, or out of `--minutes`, the same command goes on; the exit status says so: 75. DIR comes to
-about a gigabyte of checkpoints. Seconds of each command are kept; costs of UGD are quotients of times that were taken side by side.
+about a gigabyte of checkpoints and fine-tunings. Seconds of each command are kept; costs of UGD are quotients of times of one process.
 """
 
 import argparse

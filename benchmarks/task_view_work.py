@@ -3,7 +3,7 @@
 WORK/lock             held by the harness that works here
 WORK/plan.json        what is trained and measured; another plan is refused, but for more seeds
 WORK/data             digits
-WORK/runs/RUN         a network, with all of its checkpoints
+WORK/runs/RUN         a network, with its checkpoints at the points
 WORK/found/JOB        what `fasttrain analyse` wrote: a JSON file and its pictures
 WORK/spent.jsonl      seconds of each command, however it ended; not of those that were killed with the harness
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.miniature_runs import Laboratory, NotDone, Spent, TimeIsUp, overrides, side_by_side
 from benchmarks.whole_file import write_json
-from fasttrain.checkpoint import steps_of
+from fasttrain.checkpoint import folder_of, steps_of
 from fasttrain.errors import UserError
 
 CONFIG = "configs/digits/convergence.yaml"
@@ -108,7 +108,7 @@ def other_jobs(plan: Plan) -> Iterator[Job]:
     for seed in range(plan.seeds):
         yield from _seed_jobs(plan, Network(BASELINE, seed), Network(CONTENDER, seed))
     every = tuple(networks_of(plan))
-    yield Job("consistency", "consistency", every, ("--count", str(plan.images), "--sampler", "heun", "--steps", "18"))
+    yield Job("consistency", "consistency", every, ("--count", str(plan.images), "--sampler", "heun", "--steps", "30"))
     if plan.seeds > 1:
         yield _line(plan, "interpolate-seeds", Network(CONTENDER, 0), Network(CONTENDER, 1))
     yield _line(plan, "interpolate-weightings", Network(CONTENDER, 0), Network(BASELINE, 0))
@@ -208,11 +208,13 @@ class Worker:
         run = self.folder.run(network)
         if not (run / "checkpoints").is_dir() or self.plan.steps not in steps_of(run):
             self._command(f"train {network.name}", ["train", CONFIG, *self._overrides(network)])
+        for step in set(steps_of(run)) - set(self.plan.points):
+            shutil.rmtree(folder_of(run / "checkpoints", step))
         for job in pareto_jobs(self.plan, network):
             self._analyse(job)
 
     def _overrides(self, network: Network) -> Sequence[str]:
-        """All points are kept; losses are reported often enough for curves by range."""
+        """Checkpoints as often as the first point, so that all points are among them."""
         first = self.plan.points[0]
         return overrides(
             run_dir=self.folder.run(network),

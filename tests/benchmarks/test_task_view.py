@@ -16,6 +16,7 @@ from benchmarks.report import TABLES
 from benchmarks.task_view_summary import by_lambda, claim, consistency, finetune, group, hours, interpolated, means, quotients, ranges
 from benchmarks.task_view_tables import draw, verdict
 from benchmarks.task_view_work import CLAIMED, Folder, Network, Plan, Worker, networks_of, other_jobs, pareto_jobs
+from fasttrain.checkpoint import steps_of
 from fasttrain.cli import _parse
 from fasttrain.config import load_config
 from fasttrain.errors import UserError
@@ -142,7 +143,8 @@ class Pretended:
             self._leave(self.folder.data / "index.json", {})
         elif words[0] == "train":
             given = dict(word.split("=", 1) for word in words[2:])
-            (Path(given["run_dir"]) / "checkpoints" / f"step-{int(given['training.steps']):08d}").mkdir(parents=True)
+            for step in range(0, int(given["training.steps"]) + 1, int(given["checkpoint.keep_every"])):
+                self._leave(Path(given["run_dir"]) / "checkpoints" / f"step-{step:08d}" / "manifest.json", {})
         else:
             self._leave(Path(words[words.index("--out") + 1]) / f"{words[1]}.json", found_by(words))
         return Spent(36.0, 36.0)
@@ -178,7 +180,9 @@ def test_every_command_is_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     lab = Pretended(Folder(tmp_path))
     Worker(lab, lab.folder, PLAN).run(1)  # type: ignore[arg-type]
-    for words in lab.asked:
+    alike = {(*words[:2], *(word for word in words if word.startswith("--"))): words for words in lab.asked}
+    assert len(alike) == 11
+    for words in alike.values():
         args = _parse(words)
         if args.command == "train":
             config = load_config(args.config, args.overrides)
@@ -195,6 +199,7 @@ def test_what_lies_in_the_folder_is_not_done_again(tmp_path):
     Worker(rest, folder, PLAN).run(2)  # type: ignore[arg-type]
     jobs = [job for network in networks_of(PLAN) for job in pareto_jobs(PLAN, network)] + list(other_jobs(PLAN))
     assert len([words for words in rest.asked if words[0] == "analyse"]) == len(jobs) - done
+    assert all(steps_of(folder.run(network)) == list(PLAN.points) for network in networks_of(PLAN)), "or disks fill"
     nothing = Pretended(folder, most=0)
     Worker(nothing, folder, PLAN).run(1)  # type: ignore[arg-type]
 
