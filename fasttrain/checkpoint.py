@@ -198,10 +198,10 @@ def committed(folder: Path) -> list[Path]:
 
 
 def lengths_of(run_dir: Path) -> dict[str, int]:
-    """The lengths that a run has gone by so far, by its newest manifest; none where there is none."""
-    for folder in committed(run_dir / "checkpoints"):
+    """The lengths that a run has gone by so far: of its newest checkpoint, one that was cut off just before its rename among them."""
+    for folder in _candidates(run_dir / "checkpoints"):
         with suppress(OSError, ValueError):
-            return Manifest.read(folder).lengths
+            return _manifest_of(folder).lengths
     return {}
 
 
