@@ -133,6 +133,7 @@ def test_fine_tuning_trains_on_its_range_alone_and_tells_what_becomes_of_all(run
     found = analysed("finetune", run, *SMALL, *how, out=tmp_path)
     [row] = found["tuned"]
     [folder] = (tmp_path / "finetune").glob("range-1*/")
+    assert all((folder.parent / f"{folder.name}.{ending}").exists() for ending in ("yaml", "log")) and folder.name.endswith("-0.003")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all([loss is not None for loss in record["mse_by_timestep"].values()] == [False, True, False, False] for record in records)
     assert row["change"][1] < 0 and len(row["change"]) == 4

@@ -59,10 +59,9 @@ def fine_tuned(on: Subject, args: argparse.Namespace, number: int, rate: float) 
     folder = (
         folder_of(args, args.run) / "finetune" / f"range-{number}-of-{args.ranges}-{args.weights}-{on.trained.step}-{args.steps}-{rate:g}"
     )
-    path = folder.with_suffix(".yaml")
+    path, log = (folder.with_name(f"{folder.name}.{ending}") for ending in ("yaml", "log"))  # the name ends with a rate, which has a point
     write_whole(path, yaml.safe_dump(plan(on.trained.config, args, number, rate, folder), sort_keys=False))
     print(f"training on range {number}: {folder}", flush=True)
-    log = folder.with_suffix(".log")
     with log.open("wb") as told:
         done = subprocess.run([sys.executable, "-m", "fasttrain", "train", str(path)], stdout=told, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
