@@ -15,6 +15,7 @@ from fasttrain.sampling.spacing import MOST_NOISE
 
 BEST, FIXED = "best", "fixed"
 FASTER, SLOWER, UNDECIDED, OTHER_DIVERGED = "faster", "slower", "undecided", "the other diverged"
+NOTHING_LEARNED = 0.75  # of the score before the first step: a last score no better than that counts as divergence
 Curves = Mapping[str, Sequence[Curve]]
 
 
@@ -35,11 +36,11 @@ class Scored:
     def curve(self, weights: str) -> Curve:
         """Its scores with these weights, or at each point with the best of them.
 
-        It diverged where its training did, or where its last score is not finite, or no better than before the first step.
+        It diverged where its training did, or where its last score is not finite, or hardly better than before the first step.
         """
         points = [Point(images, self._score(by_weights, weights)) for images, by_weights in sorted(self.scores.items())]
         last = points[-1].score if points else math.inf
-        lost = not math.isfinite(last) or (self.untrained is not None and last >= self.untrained)
+        lost = not math.isfinite(last) or (self.untrained is not None and last >= NOTHING_LEARNED * self.untrained)
         return Curve(tuple(points), self.ended or lost)
 
     def best_weights(self) -> str | None:

@@ -86,7 +86,7 @@ def threshold_rows(result: Result, choice: str, most: int) -> list[list[str]]:
 def final_words(arm: Mapping[str, Any]) -> str:
     """The mean of the last scores of what did not diverge."""
     runs, final = len(arm["curves"]), arm["final"]
-    gone = f"{arm['diverged']} of {runs} diverged" if arm["diverged"] else ""
+    gone = f"{arm['diverged']} of {runs} diverged or learned nothing" if arm["diverged"] else ""
     if final is None:
         return gone
     return ", ".join(part for part in (with_interval(final["mean"], final["interval"], "{:.3g}"), gone) if part)
@@ -103,7 +103,7 @@ def hours_words(group: Mapping[str, Any], arm: str) -> str:
 
 def speed_up_words(up: Mapping[str, Any]) -> str:
     """A speed-up, a bound, or divergence."""
-    gone = f"{up['diverged']} diverged" if up["diverged"] else ""
+    gone = f"{up['diverged']} lost" if up["diverged"] else ""
     if up["value"] is not None:
         known = with_interval(up["value"], up["interval"], "{:.2f}") + " x"
     else:
