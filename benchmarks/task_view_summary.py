@@ -28,7 +28,7 @@ from benchmarks.task_view_work import (
 
 SOLVED = ("optimum (frank_wolfe)", "ugd")
 LAST = 4  # reports at the end of training that are a loss by range: a quarter of them
-FAR = 3  # ranges away from the one that is trained on
+DISTANCES = ("itself", "next to it", "two away", "three and more away")  # in ranges, from the one that is trained on
 
 Result = dict[str, Any]
 
@@ -132,19 +132,19 @@ def claim(groups: Sequence[Result]) -> list[Result]:
 
 def finetune(found: Sequence[Result]) -> Result:
     """Figure 2: the change of each range's loss by what was trained on; and all of them by how far away they are."""
-    by_distance: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    by_distance: dict[str, list[tuple[float, int]]] = {name: [] for name in DISTANCES}
     for row in (row for result in found for row in result["tuned"]):
         for number, (change, verdict) in enumerate(zip(row["change"], row["better_or_worse"], strict=True)):
-            by_distance[_distance(abs(number - row["range"]))].append((change, verdict))
+            by_distance[DISTANCES[min(abs(number - row["range"]), len(DISTANCES) - 1)]].append((change, verdict))
     tuned = [
         {"range": rows[0]["range"], "change": [means([row["change"][k] for row in rows]) for k in range(len(rows[0]["change"]))]}
         for rows in zip(*(result["tuned"] for result in found), strict=True)
     ]
-    return {"names": found[0]["names"], "tuned": tuned, "by_distance": {name: _counted(changes) for name, changes in by_distance.items()}}
-
-
-def _distance(ranges: int) -> str:
-    return ["itself", "next to it"][ranges] if ranges < 2 else f"{FAR} and more away" if ranges >= FAR else "in between"
+    return {
+        "names": found[0]["names"],
+        "tuned": tuned,
+        "by_distance": {name: _counted(changes) for name, changes in by_distance.items() if changes},
+    }
 
 
 def _counted(changes: Sequence[tuple[float, int]]) -> Result:

@@ -163,16 +163,22 @@ def _over_training(groups: Sequence[Result]) -> Panel:
     place = min(range(len(given)), key=lambda k: abs(given[k] - MIDDLE))
     trained = dict.fromkeys(group["trained"] for group in groups if group["step"])
     lines = [
-        _line(f"trained with {name}", [(g["step"], g["by_lambda"][place]["over_best_other"]) for g in groups if g["trained"] == name])
-        for name in trained
+        _line(name, [(g["step"], g["by_lambda"][place]["over_best_other"]) for g in groups if g["trained"] == name]) for name in trained
     ]
-    return Panel(f"Min-SNR's over the best other's, lambda {given[place]:g}", lines, "steps", "below 1: nearest", log_x=True, log_y=True)
+    return Panel(
+        f"Min-SNR's over the best other's by what was trained with, lambda {given[place]:g}",
+        lines,
+        "steps",
+        "below 1: nearest",
+        log_x=True,
+        log_y=True,
+    )
 
 
 def _of_ugd(found: Sequence[Result]) -> Iterable[Panel]:
-    apart = _line("UGD's spread", [(row["samples_per_range"], row["spread"]) for row in found])
-    cost = _line("UGD's cost", [(row["samples_per_range"], row["times_a_plain_step"]) for row in found])
-    yield Panel("how far repeated solutions lie apart", [apart], "samples a range", "0: equal, 1: disjoint", log_x=True)
+    apart = _line("ugd", [(row["samples_per_range"], row["spread"]) for row in found])
+    cost = _line("ugd", [(row["samples_per_range"], row["times_a_plain_step"]) for row in found])
+    yield Panel("how far UGD's repeated solutions lie apart", [apart], "samples a range", "0: equal, 1: disjoint", log_x=True)
     yield Panel("a step with UGD", [cost], "samples a range", "times a plain step", log_x=True, log_y=True)
 
 

@@ -72,7 +72,8 @@ def test_fine_tuning_by_distance():
     found = finetune([{"names": ["a", "b", "c", "d", "e"], "tuned": [row]}])["by_distance"]
     assert found["itself"] == {"change": -0.05, "better": 1, "worse": 0, "of": 1}
     assert found["next to it"]["change"] == pytest.approx(-0.03) and found["next to it"]["better"] == 2
-    assert found["in between"]["change"] == 0.01 and found["3 and more away"] == {"change": 0.03, "better": 0, "worse": 1, "of": 1}
+    assert list(found) == ["itself", "next to it", "two away", "three and more away"]
+    assert found["two away"]["change"] == 0.01 and found["three and more away"] == {"change": 0.03, "better": 0, "worse": 1, "of": 1}
 
 
 def test_losses_by_range_are_those_of_the_end_over_consts():
