@@ -82,7 +82,8 @@ def _without_noise(found: dict[str, Any], regularisation: float) -> float:
 
 
 def test_gradients_of_another_run_are_refused(run, tmp_path):
-    (tmp_path / "gradients.json").write_text(json.dumps({"run": "other", "ranges": 2, "gram": [[1, 0], [0, 1]], "names": []}))
+    others = {"run": "other", "ranges": 2, "names": [], "gram": [[1, 0], [0, 1]], "noise_shares": [0, 0]}
+    (tmp_path / "gradients.json").write_text(json.dumps(others))
     done = fasttrain("analyse", "pareto", run, "--gradients", tmp_path / "gradients.json")
     assert done.status == 2 and "measure them anew" in done.err
 

@@ -76,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     given, folder, choices = _steps(args), _folder(args), _choices(args.features)
-    kept = KeptStatistics(cache_folder(DataConfig(train=args.reference)) / "statistics")
     with _reference(args) as reference, distributed.joined(TIMEOUT_SECONDS) as processes:
+        kept = KeptStatistics(cache_folder(DataConfig(train=args.reference)) / "statistics")
         tell_caution(args, processes)
         opened = together(processes, lambda: {name: choice.open(processes.device) for name, choice in choices.items()})
         steps = processes.from_main(on_main(processes, lambda: steps_of(args.run) if given is None else given))

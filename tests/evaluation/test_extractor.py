@@ -89,7 +89,7 @@ def test_another_file_is_refused(file: Path, tmp_path: Path, damage: str, told: 
     if damage == "other":
         metadata = {"format": "pt"}
     elif damage == "format":
-        metadata["fasttrain_extractor"] = metadata["fasttrain_extractor"].replace('"format": 1', '"format": 2')
+        metadata["fasttrain_extractor"] = json.dumps({**json.loads(metadata["fasttrain_extractor"]), "format": 2})
     elif damage == "nan":
         tensors["decide.bias"] *= torch.nan
     save_file(tensors, path, metadata)
