@@ -11,7 +11,7 @@ BENCHMARKS := PYTHONPATH=".:kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m
 # Where measurements leave their JSON; nothing of it is committed by itself.
 OUT ?= build/gpu
 DEMO := demo
-SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1000 --steps 12 --guidance 1.5
+SCORE := $(FASTTRAIN) evaluate $(DEMO)/run --reference $(DEMO)/digits --count 1000 --sampler dpm_solver --steps 16 --guidance 1.5
 
 .PHONY: help demo test lint bench static parity report gpu gpu-test gpu-kernels gpu-step gpu-full
 
