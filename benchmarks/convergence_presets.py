@@ -15,6 +15,7 @@ from fasttrain.errors import UserError
 from fasttrain.plain_yaml import read_yaml
 
 FOLDER = Path(__file__).resolve().parent / "presets"
+MORE_STEPS = 4  # times the sampler's steps: what a last score is with far less error of the sampler
 FILES = ("images", "reference", "features")  # what a preset may leave to the command line, as {images} and so on
 
 
@@ -32,7 +33,7 @@ class Score(Section):
         reference: what it takes for `--reference`; null: the training set.
         weights: the averages (and `raw`) among which a point's score is the lowest. fixed: the one that is reported beside it.
         count, batch, guidance: samples of a score, samples at once, scale of guidance.
-        sampler: its name and parameters, as `--sampler` takes them. steps: its steps; four times as many must change little (measured).
+        sampler: its name and parameters, as `--sampler` takes them. steps: its steps; `MORE_STEPS` times as many must change little.
         noise_seeds: the first run's last score is taken again with so many other seeds of the samples.
     """
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.convergence_presets import MORE_STEPS
 from benchmarks.tables import read, table
 from fasttrain.charts import Line, Panel, line_chart
 
@@ -43,7 +44,8 @@ def more_steps_words(result: Result) -> str:
     if not found:
         return ""
     least, most = (choice(found, key=lambda arm: found[arm]) for choice in (min, max))
-    return f"; with 4 times the sampler's steps last scores are {found[least]:.2f} ({least}) to {found[most]:.2f} ({most}) of these"
+    span = f"{found[least]:.2f} ({least}) to {found[most]:.2f} ({most})"
+    return f"; with {MORE_STEPS} times the sampler's steps last scores are {span} of these"
 
 
 def grid_words(result: Result) -> str:

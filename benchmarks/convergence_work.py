@@ -7,7 +7,7 @@ from pathlib import Path
 from queue import Queue
 
 from benchmarks.convergence_folder import Folder, scores_in
-from benchmarks.convergence_presets import Run
+from benchmarks.convergence_presets import MORE_STEPS, Run
 from benchmarks.environment import commit
 from benchmarks.miniature_runs import CommandFailed, Laboratory, NotDone, Spent, TimeIsUp
 from benchmarks.whole_file import write_json
@@ -16,7 +16,6 @@ from fasttrain.errors import Status
 
 UNTRAINED = "untrained"
 FIRST_NOISE_SEED = 1000
-MORE_STEPS = 4  # times the sampler's steps: what a last score is with far less error of the sampler
 DONE, CUT, FAILED = "done", "cut", "failed"  # how a command ended
 
 
