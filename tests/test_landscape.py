@@ -77,7 +77,8 @@ def test_models_of_two_seeds_and_two_steps_are_compared(runs, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(runs):
     assert "adds noise on its way" in refused("consistency", *runs, "--sampler", "ddim", "eta=0.5")
-    assert "at least 20" in refused("consistency", *runs, "--count", 10)
+    few = fasttrain("analyse", "consistency", *map(str, runs), "--count", "10", "--steps", "4")
+    assert few.status == 2 and "at least 20" in few.err and "heun with 4 steps: its own error" in few.out
     assert "a multiple of 3" in refused("consistency", *runs, "--count", 20, "--labels", 1, 2, 3)
     assert "of no checkpoint" in refused("consistency", *runs, "--weights", "untrained", "--checkpoint-steps", 10)
     assert "one model alone" in refused("consistency", runs[0])

@@ -23,6 +23,7 @@ from fasttrain.commands.generating import (
     draw,
     loaded,
     sampler_of,
+    tell_caution,
     wishes_of,
 )
 from fasttrain.cond import Cond
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if len(models) < 2:
         raise UserError("one model alone is consistent with nothing: give a second run, or several --checkpoint-steps")
     with distributed.joined(TIMEOUT_SECONDS) as processes:
+        tell_caution(args, processes)
         kinds: list[Kind] = []
         images: list[Images] = []
         for _, folder, step in models:
