@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines on common axes; a name has one colour in all panels of a chart."""
+    """Lines on common axes; a name has one colour in all panels of a chart. Where colours come again, marks are hollow and lines thin."""
 
     title: str
     lines: Sequence[Line]
@@ -116,7 +116,7 @@ def line_chart(path: Path, title: str, panels: Sequence[Panel], columns: int = 2
     _title(pen, title, picture.width)
     for name, (x, row) in zip(names, places, strict=True):
         y = HEAD + LEGEND_ROW * row
-        pen.rectangle((x, y, x + 11, y + 11), _colour(names, name))
+        _swatch(pen, (x, y, x + 11, y + 11), names, name)
         pen.text((x + 16, y - 2), name, INK, _font(12))
     for number, panel in enumerate(panels):
         _panel(pen, panel, names, (number % columns * WIDTH, top + number // columns * HEIGHT))
@@ -167,10 +167,20 @@ def _panel(pen: ImageDraw.ImageDraw, panel: Panel, names: list[str], corner: tup
         edge = [point for point in (*lows, *reversed(highs)) if point is not None]
         if len(edge) > 2:
             pen.polygon(edge, fill=(*_rgb(colour), 44))
+        hollow = _is_hollow(names, line.name)
         for piece in _pieces([place(x, y) for x, y in line.points]):
-            pen.line(piece, colour, width=2)
+            pen.line(piece, colour, width=1 if hollow else 2)
             for x, y in piece:
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+                if hollow:
+                    pen.ellipse((x - 3, y - 3, x + 3, y + 3), PAPER, colour)
+                else:
+                    pen.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+
+
+def _swatch(pen: ImageDraw.ImageDraw, box: tuple[float, float, float, float], names: list[str], name: str) -> None:
+    """A name's mark in the legend."""
+    colour = _colour(names, name)
+    pen.rectangle(box, PAPER if _is_hollow(names, name) else colour, colour, width=2)
 
 
 def _pieces(points: Sequence[Point | None]) -> list[list[Point]]:
@@ -257,6 +267,10 @@ def _number(value: float) -> str:
 
 def _colour(names: list[str], name: str) -> str:
     return COLOURS[names.index(name) % len(COLOURS)]
+
+
+def _is_hollow(names: list[str], name: str) -> bool:
+    return names.index(name) >= len(COLOURS)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

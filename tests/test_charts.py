@@ -55,6 +55,17 @@ def test_many_names_and_panels_and_nothing_to_show(tmp_path):
     assert Image.open(tmp_path / "chart.png").size[0] == 1280
 
 
+def test_a_colour_that_comes_again_is_hollow_and_thin(tmp_path):
+    lines = [Line(f"line {i}", [(0, i), (1, i)]) for i in range(len(COLOURS) + 1)]
+    line_chart(tmp_path / "chart.png", "t", [Panel("p", lines)])
+    drawn = _coloured(tmp_path / "chart.png", COLOURS[0])
+    widths = np.bincount(drawn[drawn[:, 1] == 350, 0])  # half-way between the marks
+    assert sorted(np.diff(np.flatnonzero(widths)).tolist())[:1] == [1] and widths.sum() == 3, "a line of two pixels and one of one"
+    legend = drawn[drawn[:, 0] < 100]
+    first, again = (np.count_nonzero(legend[:, 0] < 60), np.count_nonzero(legend[:, 0] >= 60))
+    assert 0 < again < first
+
+
 def test_heat_is_red_above_zero_blue_below_and_white_without_a_value(tmp_path):
     heat_chart(tmp_path / "heat.png", "t", [Heat("h", [[1.0, -2.0], [math.nan, 0.0]], ["r1", "r2"], ["c1", "c2"])])
     # Of the largest absolute value, -2: half a red, a whole blue.
