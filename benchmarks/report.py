@@ -36,6 +36,7 @@ COMPARISONS = (
     "digits-full",
     "gamma",
     "strategies",
+    "recipe-screen",
     "recipe",
     "cifar10",
     "cifar10-cpu",

@@ -90,11 +90,16 @@ def test_a_mistake_in_an_arm_names_it():
 
 def test_edm_arms_know_the_digits_deviation():
     pixels = load_digits().images / 8 - 1
-    preset = read_preset("recipe")
-    for arm in ("edm weighting", "EDM", "EDM, min_snr"):
-        diffusion = preset.config_of(Run("recipe", arm, 0)).diffusion
+    preset = read_preset("recipe-screen")
+    for group, arm, times in (
+        ("weighting", "edm weighting", 1),
+        ("target", "preconditioned", 1),
+        ("target", "EDM", 2),
+        ("target", "EDM, min_snr", 2),
+    ):
+        diffusion = preset.config_of(Run(group, arm, 0)).diffusion
         told = [part.sigma_data for part in (diffusion.weighting, diffusion.prediction) if hasattr(part, "sigma_data")]
-        assert len(told) == (1 if arm == "edm weighting" else 2) and told == pytest.approx([pixels.std()] * len(told), rel=0.01)
+        assert told == pytest.approx([pixels.std()] * times, rel=0.01)
 
 
 def test_an_unknown_name_lists_the_known_ones():
