@@ -125,7 +125,10 @@ def consistency_words(found: Result) -> str:
 
 
 def barrier_words(found: Result) -> str:
-    return ", ".join(f"{row['from']} to {row['to']}: {row['of_ends']:.3g}" for row in found.values())
+    begun = [row["of_ends"] for name, row in found.items() if name.startswith(UNTRAINED)]
+    others = [row for name, row in found.items() if not name.startswith(UNTRAINED)]
+    words = [f"at most {max(begun):.3g} from before the first step to the end of training ({len(begun)} networks)"]
+    return "; ".join([*words, *(f"{row['of_ends']:.3g} from {row['from']}, to {row['to']}" for row in others)])
 
 
 def hessian_words(found: Result) -> str:
