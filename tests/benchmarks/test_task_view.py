@@ -14,7 +14,7 @@ from benchmarks.environment import ROOT
 from benchmarks.miniature_runs import Spent, TimeIsUp
 from benchmarks.report import TABLES
 from benchmarks.task_view_summary import by_lambda, claim, consistency, finetune, group, hours, interpolated, means, quotients, ranges
-from benchmarks.task_view_tables import draw, verdict
+from benchmarks.task_view_tables import barrier_words, draw, verdict
 from benchmarks.task_view_work import CLAIMED, Folder, Network, Plan, Worker, networks_of, other_jobs, pareto_jobs
 from fasttrain.checkpoint import steps_of
 from fasttrain.cli import _parse
@@ -98,6 +98,16 @@ def test_pairs_of_networks_by_what_they_share():
 def test_a_barrier_in_units_of_its_ends():
     profile = {"at": [0.0, 0.5, 1.0], "loss": [1.0, 7.0, 3.0], "barrier": 5.0, "lowest_at": 0.0}
     assert interpolated({"from": "a", "to": "b", "profiles": {"training": profile}})["of_ends"] == 2.5
+
+
+def test_of_the_barriers_from_the_untrained_network_the_highest_is_told():
+    found = {
+        "untrained to a": {"from": "untrained", "to": "a", "of_ends": -0.5},
+        "untrained to b": {"from": "untrained", "to": "b", "of_ends": 0.125},
+        "a to b": {"from": "a", "to": "b", "of_ends": 6.1389},
+    }
+    words = "at most 0.125 from before the first step to the end of training (2 networks); 6.14 from a, to b"
+    assert barrier_words(found) == words
 
 
 def test_what_is_not_finite_has_no_mean_and_one_seed_no_interval():
