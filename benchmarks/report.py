@@ -38,6 +38,7 @@ COMPARISONS = (
     "strategies",
     "recipe-screen",
     "recipe",
+    "quickstart",
     "cifar10",
     "cifar10-cpu",
     "imagenet256",
