@@ -38,10 +38,16 @@ def test_there_are_commands_for_each_stage() -> None:
 
 
 def test_files_it_names_exist() -> None:
-    linked = re.findall(r"\]\(([^)]+)\)", README)
+    linked = re.findall(r"\]\(([^)#]+)\)", README)
     named = [name for name in re.findall(r"`((?:tests|configs|benchmarks|kernels|fasttrain)/[\w./-]*)`", README)]
     assert linked and named
     assert not [name for name in [*linked, *named] if not (ROOT / name).exists()]
+
+
+def test_headings_it_links_to_exist() -> None:
+    linked = re.findall(r"\]\(#([^)]+)\)", README)
+    headings = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)]
+    assert linked and not {*linked} - {*headings}
 
 
 def test_each_file_of_the_package_has_its_place_in_the_tree() -> None:
