@@ -136,9 +136,25 @@ def heat_chart(path: Path, title: str, heats: Sequence[Heat]) -> None:
 
 
 def _title(pen: ImageDraw.ImageDraw, title: str, width: int) -> None:
-    """As large as fits above the picture."""
-    size = next((size for size in range(18, 10, -1) if _font(size).getlength(title) <= width - 40), 10)
-    pen.text((20, 12), title, INK, _font(size))
+    """As large as fits above the picture on one line, or else smaller on two."""
+    for size, most in [*((size, 1) for size in range(18, 13, -1)), *((size, 2) for size in range(13, 8, -1))]:
+        lines = _wrapped(title, _font(size), width - 40)
+        if len(lines) <= most:
+            break
+    for row, line in enumerate(lines):
+        pen.text((20, 12 - 6 * (len(lines) > 1) + (size + 3) * row), line, INK, _font(size))
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """A text's words in lines, each as long as the width lets it be."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _panel(pen: ImageDraw.ImageDraw, panel: Panel, names: list[str], corner: tuple[int, int]) -> None:

@@ -66,6 +66,17 @@ def test_a_colour_that_comes_again_is_hollow_and_thin(tmp_path):
     assert 0 < again < first
 
 
+def test_a_long_title_is_shown_to_its_end(tmp_path):
+    """On two lines, between the margins: cut off at the picture's edge, ink would reach it, and both would be alike."""
+    line_chart(tmp_path / "long.png", "a way of training " * 9 + "first", [Panel("p", [])])
+    line_chart(tmp_path / "other.png", "a way of training " * 9 + "other", [Panel("p", [])])
+    long, other = (np.asarray(Image.open(tmp_path / name).convert("L"))[:44] for name in ("long.png", "other.png"))
+    inked = np.flatnonzero((long < 128).any(axis=0))
+    assert inked.min() >= 20 and inked.max() < 640 - 20
+    rows = np.flatnonzero((long != other).any(axis=1))
+    assert rows.min() > 20 and rows.max() < 43
+
+
 def test_heat_is_red_above_zero_blue_below_and_white_without_a_value(tmp_path):
     heat_chart(tmp_path / "heat.png", "t", [Heat("h", [[1.0, -2.0], [math.nan, 0.0]], ["r1", "r2"], ["c1", "c2"])])
     # Of the largest absolute value, -2: half a red, a whole blue.
